@@ -1,0 +1,598 @@
+"""Text to tokens: questions, traces, answers and batches; it knows no model.
+
+In:   files of questions and traces, or the built-in Countdown task with its teacher.
+Out:  training examples as token ids, packed batches, and verdicts on answers.
+
+Map:  Complaints   one clear line for bad input
+      Chat         Qwen's chat text and s1's thinking delimiters as tokens
+      Files        rows of JSON in and out
+      Countdown    the tiny task: questions, a teacher that thinks in text, the pieces of pre-training
+      Answers      find the answer in a text, say whether it is right
+      Packing      examples into rows of tokens, the loss mask, the order of an epoch
+      Commands     python data.py show | countdown | tokenizer
+"""
+import argparse
+import contextlib
+import functools
+import itertools
+import json
+import os
+import random
+import re
+import sys
+import zlib
+from pathlib import Path
+
+import torch
+import tokenizers
+
+# ---- Complaints -----------------------------------------------------------------------------
+
+
+class BadInput(ValueError):
+    """Something the user gave that cannot be used; the message is one line for a person."""
+
+
+@contextlib.contextmanager
+def complaints(*kinds):
+    """Turn BadInput (and `kinds`) into one line on standard error and exit code 2; Ctrl-C into 130."""
+    try:
+        yield
+    except (BadInput, *kinds) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except BrokenPipeError:                     # `... | head` closed the pipe: not our trouble
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+# ---- Chat -----------------------------------------------------------------------------------
+
+SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
+
+
+class Chat:
+    """The tokenizer of a model directory, and the text of a conversation as tokens.
+
+    One training example, as in s1 (section 4.1 and its code). The delimiters of thinking are no new
+    tokens: `<|im_start|>` is one special token, `think` and `answer` are plain text behind it.
+
+        <|im_start|>system\\n{SYSTEM}<|im_end|>\\n
+        <|im_start|>user\\n{question}<|im_end|>\\n
+        <|im_start|>assistant\\n
+        <|im_start|>think\\n{thinking}\\n<|im_start|>answer\\n{answer}<|im_end|>\\n
+        `------------------------- supervised -----------------------------------'
+    """
+
+    def __init__(self, directory):
+        self.path = Path(directory) / "tokenizer.json"
+        try:
+            self.tokenizer = tokenizers.Tokenizer.from_file(str(self.path))
+        except Exception as error:              # the library raises nothing narrower
+            raise BadInput(f"{self.path} cannot be read as a tokenizer: {error}") from None
+        self.tokenizer.encode_special_tokens = True     # text from outside is text, never control
+        self.start, self.end, self.eos = (self.token(t) for t in
+                                          ("<|im_start|>", "<|im_end|>", "<|endoftext|>"))
+        self.stops = {self.end, self.eos}
+        self.think = [self.start, *self.text("think\n")]
+        self.answer = [self.start, *self.text("answer\n")]
+
+    def token(self, name):
+        number = self.tokenizer.token_to_id(name)
+        if number is None:
+            raise BadInput(f"{self.path} has no {name} token: only ChatML models are known here")
+        return number
+
+    def text(self, text):
+        """Token ids of plain text; `<|im_end|>` written in it is eight ordinary characters or so."""
+        return self.tokenizer.encode(text, add_special_tokens=False).ids
+
+    def decode(self, ids):
+        return self.tokenizer.decode(ids, skip_special_tokens=False)
+
+    def prompt(self, question, thinking=True):
+        """Ids up to where the model goes on: behind the opened thinking, or behind `assistant\\n`."""
+        ids = []
+        for role, content in (("system", SYSTEM), ("user", question)):
+            ids += [self.start, *self.text(f"{role}\n{content}"), self.end, *self.text("\n")]
+        ids += [self.start, *self.text("assistant\n")]
+        return ids + self.think if thinking else ids
+
+    def example(self, question, thinking, answer):
+        """One training example: its ids, and the index of the first supervised one."""
+        answer = answer.strip()
+        if "Answer:" not in answer:
+            answer = f"Answer: {answer}"
+        ids = self.prompt(question, thinking=False)
+        reply = [self.end, *self.text("\n")]
+        if thinking is None:                    # a direct answer: the assistant's turn is all of it
+            return ids + self.text(answer) + reply, len(ids)
+        return ids + [self.start, *self.text(f"think\n{thinking.strip()}\n"),
+                      self.start, *self.text(f"answer\n{answer}"), *reply], len(ids)
+
+
+# ---- Files ----------------------------------------------------------------------------------
+
+# The names under which questions, thinking and answers are met, the first that is there counts.
+QUESTION = ("question", "problem")
+THINKING = ("thinking", "message_thinking")
+ANSWER = ("answer", "message_content")
+
+
+def read_rows(path):
+    """The objects of a JSONL file or of one JSON list, as (place, object); BadInput names the place."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    try:
+        if text.lstrip().startswith("["):
+            rows = [(f"{path}, entry {n}", row) for n, row in enumerate(json.loads(text), 1)]
+        else:
+            rows, number = [], 0
+            for number, line in enumerate(text.split("\n"), 1):
+                if line.strip():
+                    rows.append((f"{path}, line {number}", json.loads(line)))
+    except json.JSONDecodeError as error:
+        number = error.lineno if text.lstrip().startswith("[") else number
+        raise BadInput(f"{path}, line {number}: no JSON ({error.msg})") from None
+    if not rows:
+        raise BadInput(f"{path} is empty")
+    for place, row in rows:
+        if not isinstance(row, dict):
+            raise BadInput(f"{place}: not an object")
+    return rows
+
+
+def load_traces(path):
+    """Rows of (question, thinking, answer) strings; a row without one of them is refused by place."""
+    traces = []
+    for place, row in read_rows(path):
+        trace = []
+        for names in (QUESTION, THINKING, ANSWER):
+            value = next((row[name] for name in names if name in row), None)
+            if not isinstance(value, str) or not value.strip():
+                raise BadInput(f"{place}: no {names[0]} (looked for {', '.join(names)})")
+            trace.append(value)
+        traces.append(tuple(trace))
+    return traces
+
+
+# ---- Countdown ------------------------------------------------------------------------------
+# Reach a target from a few numbers with + - *, each number used once. A position in the game is a
+# list of (value, expression); joining two of them shortens it by one.
+
+LARGEST, HIGHEST = 13, 100          # numbers from 1 to 13, targets from 1 to 100
+PRODUCT = 999                       # no value passes it, so that every number is one token
+
+
+def join(a, b, op):
+    """The line that joins (value, expression) a and b, and the joined pair. 3, 8, "-": "8-3=5"."""
+    if op == "-" and a[0] < b[0]:
+        a, b = b, a                 # nothing goes below zero
+    value = {"+": a[0] + b[0], "-": a[0] - b[0], "*": a[0] * b[0]}[op]
+    return f"{a[0]}{op}{b[0]}={value}", (value, f"({a[1]}{op}{b[1]})")
+
+
+def moves(position):
+    """Every line from a position with the position it leads to, in the teacher's fixed order."""
+    for i, j in itertools.combinations(range(len(position)), 2):
+        rest = [pair for k, pair in enumerate(position) if k not in (i, j)]
+        for op in "+-*":
+            line, joined = join(position[i], position[j], op)
+            yield line, [joined, *rest]
+
+
+def walk(position):
+    """The whole search, depth first: (line, position it leads to); a position of one is a try."""
+    for line, left in moves(position):
+        yield line, left
+        if len(left) > 1:
+            yield from walk(left)
+
+
+def leaves(numbers):
+    return [(number, str(number)) for number in numbers]
+
+
+def reachable(numbers):
+    return {left[0][0] for _, left in walk(leaves(numbers)) if len(left) == 1}
+
+
+def split(numbers, target):
+    """"train", "tune" or "test", a pure function of the numbers in any order and the target.
+
+    75% of all questions are for training, 10% to try settings on, 15% are held out.
+    """
+    bucket = zlib.crc32(f"{sorted(numbers)} {target}".encode()) % 20
+    return "train" if bucket < 15 else "tune" if bucket < 17 else "test"
+
+
+def ask(numbers, target):
+    listed = ", ".join(map(str, numbers[:-1])) + f" and {numbers[-1]}"
+    return f"Use {listed} with + - * to make {target}."
+
+
+def countdown_questions(part, n, seed):
+    """n different questions of one part: rows of question, answer = {numbers, target}."""
+    rng = random.Random(f"{part} questions {seed}")
+    keys = [(numbers, target)
+            for numbers in itertools.combinations_with_replacement(range(1, LARGEST + 1), 3)
+            if numbers[0] * numbers[1] * numbers[2] <= PRODUCT
+            for target in sorted(reachable(numbers))
+            if 1 <= target <= HIGHEST and split(numbers, target) == part]
+    if n > len(keys):
+        raise BadInput(f"there are {len(keys)} different {part} questions of Countdown, not {n}")
+    rows = []
+    for numbers, target in rng.sample(keys, n):
+        numbers = rng.sample(numbers, len(numbers))
+        rows.append({"question": ask(numbers, target),
+                     "answer": {"numbers": numbers, "target": target}})
+    return rows
+
+
+PATIENCE = 7                        # first steps of the search after which the teacher may give up
+
+
+def teacher(numbers, target, rng, give_up=0.7, hasty=0.05):
+    """Think in text as people do, then answer: (thinking, answer), the answer not always right.
+
+    The search goes in a fixed order and checks each try against the target. The teacher is
+    sometimes `hasty`: it takes a near miss for a hit, or passes over a hit. It may doubt a hit, look
+    again (a line with `Wait`) and, where it was hasty, take it back and go on. After PATIENCE of
+    its nine first steps, and again at the very end, it gives up with probability `give_up` and
+    answers with its last try; else it goes on, with or without a `Wait`. So every case of what
+    may follow a `Wait` is there to be learnt from.
+    """
+    lines, steps, answer = [], 0, None
+
+    def gives_up():
+        if rng.random() < give_up:
+            return True
+        if rng.random() < 0.5:
+            lines.append("Wait")
+        return False
+
+    for again in range(2):                      # the second time for a hit that was passed over
+        for line, left in walk(leaves(numbers)):
+            if len(left) == len(numbers) - 1:
+                steps += 1
+                if steps == PATIENCE + 1 and gives_up():
+                    return "\n".join(lines), answer
+            if len(left) > 1:
+                lines.append(line)
+                continue
+            value, answer = left[0][0], left[0][1][1:-1]
+            right = value == target
+            slip = rng.random() < hasty and abs(value - target) <= 3
+            lines.append(f"{line} {'ok' if right != slip else 'no'}")
+            if right == slip:
+                continue
+            while rng.random() < (0.25 if right else 0.75):
+                lines.append(f"Wait, is {value} {target}? {'ok' if right else 'no'}")
+                if not right:
+                    break
+            else:
+                return "\n".join(lines), answer
+        if again or rng.random() < give_up:
+            return "\n".join(lines), answer
+        lines.append("Wait")
+
+
+def countdown_traces(n, seed, give_up=0.7):
+    """n traces of the teacher: (question, thinking, answer) strings."""
+    rng = random.Random(f"teacher {seed}")
+    rows = countdown_questions("train", n, seed)
+    return [(row["question"], *teacher(**row["answer"], rng=rng, give_up=give_up)) for row in rows]
+
+
+# The pieces of pre-training: what a base has before it sees one trace. No piece shows a question
+# with thinking behind it, and none the teacher's order: here everything comes in random order.
+
+
+@functools.cache
+def all_tries():
+    """Every first step with all its tries, for training questions only, by numbers and by value.
+
+    A try is (line, value, expression). What would make a held-out question is left out.
+    """
+    by_numbers, by_value = {}, {}
+    for numbers in itertools.product(range(1, LARGEST + 1), repeat=3):
+        if numbers[0] * numbers[1] * numbers[2] > PRODUCT:
+            continue
+        for line, left in moves(leaves(numbers)):
+            tries = [(second, last[0][0], last[0][1][1:-1]) for second, last in moves(left)]
+            tries = [t for t in tries if split(numbers, t[1]) == "train"]
+            if tries:
+                by_numbers.setdefault(numbers, []).append((line, tries))
+            for value in {t[1] for t in tries}:
+                by_value.setdefault(value, []).append((line, tries))
+    return by_numbers, by_value
+
+
+def some_tries(rng, steps):
+    """One of the first steps, and one to all of its tries in random order."""
+    line, tries = rng.choice(steps)
+    return line, rng.sample(tries, rng.randint(1, len(tries)))
+
+
+def piece_listing(rng):
+    """What three numbers can make."""
+    by_numbers, _ = all_tries()
+    numbers = rng.choice(list(by_numbers))
+    lines = [f"From {numbers[0]}, {numbers[1]} and {numbers[2]}:"]
+    for _ in range(rng.randint(2, 8)):
+        line, tries = some_tries(rng, by_numbers[numbers])
+        lines += [line, *(t[0] for t in tries)]
+    return lines
+
+
+def piece_writing(rng):
+    """Two lines of arithmetic as one expression."""
+    by_numbers, _ = all_tries()
+    lines = []
+    for _ in range(rng.randint(1, 8)):
+        line, tries = some_tries(rng, by_numbers[rng.choice(list(by_numbers))])
+        lines += [line, tries[-1][0], f"Answer: {tries[-1][2]}"]
+    return lines
+
+
+def piece_checking(rng):
+    """Tries held against a target, each from other numbers, so that guessing is not practised.
+
+    Hits and misses mixed; a verdict may be wrong at first and is put right behind a `Wait`, hits
+    as often as misses, so that copying the value or the first verdict will not do.
+    """
+    by_numbers, by_value = all_tries()
+    target = rng.randint(1, HIGHEST)
+    lines = [f"make {target}."]
+    for _ in range(rng.randint(2, 10)):
+        hit = target in by_value and rng.random() < 0.6
+        line, tries = some_tries(rng, by_value[target] if hit else
+                                 by_numbers[rng.choice(list(by_numbers))])
+        lines.append(line)
+        for second, value, _ in tries:
+            right, wrong = value == target, rng.random() < 0.06
+            lines.append(f"{second} {'ok' if right != wrong else 'no'}")
+            if wrong or rng.random() < (0.2 if right else 0.06):
+                lines.append(f"Wait, is {value} {target}? {'ok' if right else 'no'}")
+    return lines
+
+
+def piece_answering(rng):
+    """A training question with its answer and no thinking: (question, None, answer)."""
+    by_numbers, _ = all_tries()
+    numbers = rng.choice(list(by_numbers))
+    _, tries = some_tries(rng, by_numbers[numbers])
+    _, target, answer = tries[0]
+    return ask(numbers, target), None, answer
+
+
+PIECES = {piece_listing: 0.35, piece_writing: 0.1, piece_checking: 0.45, piece_answering: 0.1}
+
+
+def countdown_pieces(n, seed):
+    """n documents of pre-training: plain text, or (question, None, answer)."""
+    rng = random.Random(f"pieces {seed}")
+    kinds = rng.choices(list(PIECES), list(PIECES.values()), k=n)
+    pieces = [kind(rng) for kind in kinds]
+    return [piece if isinstance(piece, tuple) else "\n".join(piece) for piece in pieces]
+
+
+# ---- Answers --------------------------------------------------------------------------------
+
+
+def extract(text):
+    """The answer in the text after thinking: the last \\boxed{...}, else what follows the last
+    `Answer:` on its line; None where there is neither."""
+    start = text.rfind("\\boxed{")
+    if start >= 0:
+        depth = 0
+        for i in range(start + 6, len(text)):
+            depth += {"{": 1, "}": -1}.get(text[i], 0)
+            if depth == 0:
+                return text[start + 7:i].strip()
+    head, found, tail = text.rpartition("Answer:")
+    return tail.strip().split("\n")[0].strip() or None if found else None
+
+
+def calculate(text):
+    """The value of an expression of whole numbers, + - * and brackets, and the numbers it used.
+
+    Ours and not Python's: text from a model is never evaluated. ValueError where it is no such
+    expression; 100 characters bound the work.
+    """
+    if len(text) > 100 or re.search(r"[^-+*()0-9\s]|[0-9]\s+[0-9]", text):
+        raise ValueError(f"not an expression: {text[:50]!r}")
+    tokens, used = re.findall(r"[0-9]+|[-+*()]", text)[::-1], []
+
+    def take(kinds):
+        return tokens.pop() if tokens and tokens[-1] in kinds else None
+
+    def total():
+        value = product()
+        while op := take("+-"):
+            value = value + product() if op == "+" else value - product()
+        return value
+
+    def product():
+        value = atom()
+        while take("*"):
+            value *= atom()
+        return value
+
+    def atom():
+        if take("("):
+            value = total()
+            if not take(")"):
+                raise ValueError("a bracket is left open")
+            return value
+        if not tokens or not tokens[-1].isdecimal():
+            raise ValueError("a number is missing")
+        used.append(int(tokens.pop()))
+        return used[-1]
+
+    value = total()
+    if tokens:
+        raise ValueError(f"{tokens[-1]!r} is left over")
+    return value, used
+
+
+def grade(text, answer):
+    """Is the answer in `text` (what came after thinking) right?
+
+    `answer` is a string to be met, or {"numbers", "target"}: an expression is right when it uses
+    just these numbers, each once, and comes to the target.
+    """
+    found = extract(text)
+    if found is None:
+        return False
+    if isinstance(answer, str):
+        return found == answer.strip()
+    try:
+        value, used = calculate(found.split("=")[0])
+    except ValueError:
+        return False
+    return value == answer["target"] and sorted(used) == sorted(answer["numbers"])
+
+
+# ---- Packing --------------------------------------------------------------------------------
+
+
+def targets_of(ids, first):
+    """What is to be predicted at each place: the next id, or -100 where the next is not supervised.
+
+    ids [5, 6, 7, 8], first 2 (the 7): [-100, 7, 8, -100].
+    """
+    return [-100] * (first - 1) + ids[first:] + [-100]
+
+
+def pack(examples, tokens_per_batch):
+    """Put examples (ids, first) into as few rows of at most `tokens_per_batch` tokens as best fit can.
+
+    The longest first, each into the fullest row that still has room. Yields what `forward` takes,
+    one row after the other: ids (1, T), positions (1, T), lengths [...], targets (1, T).
+
+        ids        a a a a b b b c c
+        positions  0 1 2 3 0 1 2 0 1
+        lengths    4, 3, 2
+    """
+    rows = []
+    for example in sorted(examples, key=lambda example: -len(example[0])):
+        room = [row for row in rows if row[0] + len(example[0]) <= tokens_per_batch]
+        row = max(room, key=lambda row: row[0], default=None)
+        if row is None:
+            rows.append(row := [0])
+        row[0] += len(example[0])
+        row.append(example)
+    for _, *row in rows:
+        lengths = [len(ids) for ids, _ in row]
+        yield {"ids": torch.tensor([[i for ids, _ in row for i in ids]]),
+               "positions": torch.cat([torch.arange(n) for n in lengths])[None],
+               "lengths": lengths,
+               "targets": torch.tensor([[t for example in row for t in targets_of(*example)]])}
+
+
+def epoch_batches(examples, batch_size, seed, epoch):
+    """The examples of one epoch in batches, in an order that (seed, epoch) alone decide."""
+    order = list(range(len(examples)))
+    random.Random(f"epoch {seed} {epoch}").shuffle(order)
+    for start in range(0, len(order), batch_size):
+        yield [examples[i] for i in order[start:start + batch_size]]
+
+
+# ---- Commands -------------------------------------------------------------------------------
+
+
+def load_examples(data, chat, n=None, seed=0, give_up=0.7):
+    """Training examples (ids, first supervised) of `countdown`, `pieces` or a file of traces."""
+    if data == "pieces":
+        return [(chat.example(*piece)[0], 1) if isinstance(piece, tuple)
+                else ([*chat.text(piece), chat.eos], 1) for piece in countdown_pieces(n, seed)]
+    traces = countdown_traces(n or 1000, seed, give_up) if data == "countdown" else load_traces(data)
+    return [chat.example(*trace) for trace in traces[:n]]
+
+
+def show(chat, ids, first, colour):
+    """One example as the model sees it; supervised tokens green, or behind [ and ] without colour."""
+    given, supervised = (escape(chat.decode(part)) for part in (ids[:first], ids[first:]))
+    return f"{given}\033[32m{supervised}\033[0m" if colour else f"{given}[{supervised}]"
+
+
+def escape(text):
+    """Control characters as they are written, so that data cannot steer the terminal."""
+    return "".join(c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def make_tokenizer(directory):
+    """Write the tiny base's tokenizer: Qwen's special tokens and byte-level BPE, but every number up
+    to 999 is one token, and the merges are learnt from the pieces. It can encode any text."""
+    isolate = tokenizers.pre_tokenizers.Split(tokenizers.Regex(
+        r"\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated")
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    learner = tokenizers.Tokenizer(tokenizers.models.BPE())
+    learner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([isolate, byte_level])
+    chats = [f"system\n{SYSTEM}", *(f"{role}\n" for role in ("user", "assistant", "think", "answer")),
+             f"{ask((1, 2), 3)}\nFinal Answer: 1"]
+    pieces = [piece if isinstance(piece, str) else piece[2] for piece in countdown_pieces(1000, 0)]
+    no_numbers = [re.sub(r"\d+", "", text) for text in chats * 1000 + pieces]
+    learner.train_from_iterator(no_numbers, tokenizers.trainers.BpeTrainer(
+        initial_alphabet=alphabet, min_frequency=2, show_progress=False))
+    learnt = json.loads(learner.to_str())["model"]
+    words = [*alphabet, *(str(n) for n in range(10, 1000)),
+             *(w for w, _ in sorted(learnt["vocab"].items(), key=lambda item: item[1]) if len(w) > 1)]
+    # ignore_merges: a word that is in the vocabulary is that token, whatever the merges would do.
+    made = tokenizers.Tokenizer(tokenizers.models.BPE(
+        {word: i for i, word in enumerate(words)}, [tuple(m) for m in learnt["merges"]],
+        ignore_merges=True))
+    made.pre_tokenizer, made.decoder = learner.pre_tokenizer, tokenizers.decoders.ByteLevel()
+    made.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    made.save(str(Path(directory) / "tokenizer.json"))
+    (Path(directory) / "tokenizer_config.json").write_text(json.dumps(
+        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
+         "pad_token": "<|endoftext|>", "model_max_length": 32768}, indent=2) + "\n")
+    return made.get_vocab_size()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    add = functools.partial(commands.add_parser,
+                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+    shows = add("show", help="print training examples as the model sees them, supervised part in colour")
+    shows.add_argument("data", nargs="?", default="countdown", help="countdown, pieces or a file of traces")
+    shows.add_argument("--model", default="assets/countdown-base", help="directory with the tokenizer")
+    shows.add_argument("--n", type=int, default=1, help="how many examples")
+    shows.add_argument("--seed", type=int, default=0)
+    shows.add_argument("--colour", choices=("auto", "always", "never"), default="auto")
+
+    writes = add("countdown", help="write traces of the Countdown teacher as JSONL to standard output")
+    writes.add_argument("--n", type=int, default=1000, help="how many traces")
+    writes.add_argument("--seed", type=int, default=0)
+    writes.add_argument("--give-up", type=float, default=0.7, help="how likely the teacher gives up when tired")
+
+    makes = add("tokenizer", help="make the tiny base's tokenizer")
+    makes.add_argument("directory", help="where tokenizer.json goes")
+
+    args = parser.parse_args()
+    with complaints():
+        if args.command == "show":
+            chat = Chat(args.model)
+            colour = args.colour == "always" or args.colour == "auto" and sys.stdout.isatty()
+            for example in load_examples(args.data, chat, args.n, args.seed):
+                print(show(chat, *example, colour))
+        elif args.command == "countdown":
+            for trace in countdown_traces(args.n, args.seed, args.give_up):
+                print(json.dumps(dict(zip(("question", "thinking", "answer"), trace))))
+        else:
+            print(f"{make_tokenizer(args.directory)} tokens")
+
+
+if __name__ == "__main__":
+    main()

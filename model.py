@@ -1,0 +1,391 @@
+"""The transformer: tensors in, tensors out; it knows no text.
+
+In:   token ids (B, T), and a directory of weights in the Hugging Face layout.
+Out:  logits, or the summed loss of the supervised tokens; and the same directory layout back.
+
+Map:  Config        what config.json says, under its own names
+      the pieces    RMSNorm, rotary positions, Attention, MLP, Block
+      KVCache       the keys and values of rows that are being sampled
+      the loss      linear layer and cross-entropy in one pass, never the whole logits
+      Transformer   one forward for packed training, prefill and ragged decoding; load and save
+
+Parameter names are Hugging Face's, so a checkpoint loads by one strict `load_state_dict`.
+Shapes in comments: B rows, T tokens of a row, C hidden size, H query heads, K key-value heads,
+D width of a head, L places of the cache, V vocabulary, N supervised tokens.
+"""
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import safetensors
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+class BadModel(ValueError):
+    """A model's directory that cannot be used; the message is one line for a person."""
+
+
+# ---- Config ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Config:
+    """The keys of config.json that shape the computation; the others are kept in `rest`."""
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    max_position_embeddings: int = 32768
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+    rest: dict = field(default_factory=dict, repr=False)
+
+    @property
+    def head_dim(self):
+        return self.hidden_size // self.num_attention_heads
+
+    @classmethod
+    def load(cls, directory):
+        """Read `directory`/config.json. BadModel where this file cannot compute what it asks for."""
+        path = Path(directory) / "config.json"
+        try:
+            raw = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise BadModel(f"{directory} is no model: there is no config.json in it") from None
+        except ValueError as error:
+            raise BadModel(f"{path} is no JSON: {error}") from None
+        for key, known in (("model_type", "qwen2"), ("hidden_act", "silu")):
+            if raw.get(key) != known:
+                raise BadModel(f"{path}: {key} {raw.get(key)!r} is not known here (known: {known})")
+        for key in ("use_sliding_window", "rope_scaling", "quantization_config"):
+            if raw.get(key):
+                raise BadModel(f"{path}: {key} is not supported")
+        known = {f.name for f in fields(cls)} - {"rest"}
+        try:
+            return cls(**{key: raw[key] for key in known & raw.keys()},
+                       rest={key: raw[key] for key in raw.keys() - known})
+        except TypeError as error:
+            raise BadModel(f"{path}: {error}") from None
+
+    def to_dict(self):
+        return {**self.rest, **{k: v for k, v in asdict(self).items() if k != "rest"}}
+
+
+# ---- The pieces -----------------------------------------------------------------------------
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, the mean square taken in float32 (Zhang and Sennrich, 2019)."""
+
+    def __init__(self, width, eps):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x):
+        return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
+
+
+def rotary(positions, config):
+    """cos and sin, each (B, 1, T, D), in float32: pair i of a head turns by theta^(-2i/D) a position.
+
+    The angles of late positions have no place in bf16, so they are computed here and cast later.
+    """
+    pairs = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
+    frequencies = config.rope_theta ** (-pairs / config.head_dim)             # (D/2,)
+    angles = positions[:, None, :, None].float() * frequencies               # (B, 1, T, D/2)
+    angles = torch.cat((angles, angles), dim=-1)                             # (B, 1, T, D)
+    return angles.cos(), angles.sin()
+
+
+def rotate(x, cos, sin):
+    """Turn each pair (x[i], x[i + D/2]) of (B, heads, T, D) by its angle: Hugging Face's pairing."""
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return (x * cos + turned * sin).to(x.dtype)
+
+
+def attend_packed(q, k, v, lengths):
+    """Causal attention within each document of a packed row: q (1, H, T, D), k and v (1, K, T, D).
+
+    A document at a time, because no document may see another, and because the work is then the
+    sum of the squares of the lengths and not the square of the sum:
+
+        keys    1 1 1 2 2
+        query 1 x
+              1 x x
+              1 x x x
+              2       x
+              2       x x
+    """
+    pieces = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2))
+    return torch.cat([F.scaled_dot_product_attention(*piece, is_causal=True, enable_gqa=True)
+                      for piece in pieces], dim=2)
+
+
+def attend_cached(q, k, v, mask):
+    """Attention to the filled places of a cache: k, v (B, K, L, D), mask (B, 1, T, L), True = see."""
+    B, H, T, D = q.shape
+    if T > 1:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+    # One new token: the H/K query heads that share a key head stand in as H/K queries of one head,
+    # so that no key or value is copied.
+    q = q.reshape(B, k.shape[1], -1, D)                                      # (B, K, H/K, D)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, T, D)
+
+
+class Attention(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        C, D = config.hidden_size, config.head_dim
+        self.head_dim = D
+        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=True)
+        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=True)
+        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=True)
+        self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
+
+    def forward(self, x, rope, lengths, cached):
+        B, T, C = x.shape
+        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)     # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)     # (B, K, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)     # (B, K, T, D)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        if cached is not None:
+            cache, layer, mask = cached
+            k, v = cache.update(layer, k, v)                                 # (B, K, L, D)
+            y = attend_cached(q, k, v, mask)
+        else:
+            y = attend_packed(q, k, v, lengths)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.up_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
+        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x, rope, lengths=None, cached=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, lengths, cached)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+# ---- The cache ------------------------------------------------------------------------------
+
+
+class KVCache:
+    """Keys and values of `slots` rows with `length` places each, and how many places are filled.
+
+    The cache owns the position: `forward` puts the next T tokens of row b at the places
+    filled[b], filled[b] + 1, ... and moves filled[b] on. `cache.slot(b)` is row b alone, over the
+    same memory, for a prefill. Setting filled[b] = 0 frees the row; nothing is erased.
+    """
+
+    def __init__(self, config, slots, length, dtype=torch.float32, device="cpu"):
+        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, length, config.head_dim)
+        self.k = torch.zeros(shape, dtype=dtype, device=device)
+        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.filled = [0] * slots
+        self.first = 0
+
+    def slot(self, b):
+        """Row b as a cache of one slot that writes through to this one."""
+        one = object.__new__(KVCache)
+        one.k, one.v, one.filled, one.first = self.k[:, b:b + 1], self.v[:, b:b + 1], self.filled, b
+        return one
+
+    def places(self, T):
+        """Where the next T tokens of each row go: (B, T). Too many for the cache: IndexError."""
+        filled = torch.tensor(self.filled[self.first:self.first + self.k.shape[1]])
+        places = filled[:, None] + torch.arange(T)
+        if places.max() >= self.k.shape[3]:
+            raise IndexError(f"the cache has {self.k.shape[3]} places a row, not {places.max() + 1}")
+        self.end = int(places.max()) + 1
+        self.next = places.to(self.k.device)
+        return self.next
+
+    def update(self, layer, k, v):
+        """Put k and v (B, K, T, D) at `places`; return all places filled so far: (B, K, L, D)."""
+        rows = torch.arange(k.shape[0], device=k.device)[:, None]
+        self.k[layer, rows, :, self.next] = k.transpose(1, 2).to(self.k.dtype)
+        self.v[layer, rows, :, self.next] = v.transpose(1, 2).to(self.v.dtype)
+        return self.k[layer, :, :, :self.end], self.v[layer, :, :, :self.end]
+
+    def advance(self, T):
+        for b in range(self.first, self.first + self.k.shape[1]):
+            self.filled[b] += T
+
+
+# ---- The loss -------------------------------------------------------------------------------
+
+
+class FusedLinearCrossEntropy(torch.autograd.Function):
+    """Sum over rows of -log softmax(hidden @ weight.T)[target], and both gradients in the same pass.
+
+    hidden (N, C), weight (V, C), targets (N,), all supervised. The logits of a batch are its
+    largest tensor by far: 16,384 rows times Qwen's 151,936 words are 5 GB in bf16, and as much
+    again in float32 for the softmax. So a chunk of rows at a time:
+
+        hidden            logits = hidden[chunk] @ weight.T    (n, V), the only large tensor
+        | chunk 1 |  -->  p = softmax(logits), in float32
+        | chunk 2 |       loss   += -log p[target]
+        | chunk 3 |       p[target] -= 1                       d loss / d logits
+                          grad_hidden[chunk] = p @ weight
+                          grad_weight += p.T @ hidden[chunk]   summed in float32
+
+    Both gradients are ready when forward ends, and backward only scales them. A sum and not a
+    mean: the caller alone knows how many tokens the optimizer step has in all.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, targets, chunk_bytes=4 * 2**20):
+        N, V = hidden.shape[0], weight.shape[0]
+        rows = max(1, chunk_bytes // (4 * V))         # the float32 softmax is what fills a chunk
+        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
+        # The master weight may be float32 while the rows are bf16 (autocast): multiply in theirs.
+        w = weight.to(hidden.dtype)
+        loss = torch.zeros((), device=hidden.device)
+        grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        for start in range(0, N, rows):
+            h, t = hidden[start:start + rows], targets[start:start + rows]   # (n, C), (n,)
+            p = (h @ w.T).float()                                            # (n, V)
+            log_z = p.logsumexp(1)                                           # (n,)
+            loss += (log_z - p.gather(1, t[:, None])[:, 0]).sum()
+            if not (wants_hidden or wants_weight):
+                continue
+            p.sub_(log_z[:, None]).exp_()
+            p.scatter_add_(1, t[:, None], p.new_full((len(t), 1), -1.0))
+            p = p.to(hidden.dtype)
+            if wants_hidden:
+                grad_hidden[start:start + rows] = p @ w
+            if wants_weight:
+                grad_weight += p.T @ h
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad_loss):
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_hidden is not None:
+            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
+        if grad_weight is not None:
+            grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
+        return grad_hidden, grad_weight, None, None
+
+
+# ---- The transformer ------------------------------------------------------------------------
+
+
+class Transformer(nn.Module):
+    """A decoder of the Qwen2 family."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.model = nn.ModuleDict({
+            "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
+            "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
+            "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
+        if not config.tie_word_embeddings:      # a tied model owns no lm_head
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def forward(self, ids, positions=None, lengths=None, targets=None, cache=None):
+        """One forward for three uses.
+
+        ids (B, T). Packed training: B = 1, `lengths` the documents' lengths in the row, `positions`
+        (1, T) starting again at 0 in each, `targets` (B, T) the token to be predicted at each
+        place, -100 for none. Prefill and decode: `cache`, which also knows the positions.
+
+        Returns logits (B, T, V); with `targets` instead (the summed loss, the number N of
+        supervised tokens), N a plain int. Targets that lie on the CPU cost no synchronisation.
+        """
+        B, T = ids.shape
+        cached = mask = None
+        if cache is not None:
+            positions = cache.places(T)                                      # (B, T)
+            mask = torch.arange(cache.end, device=ids.device) <= positions[:, None, :, None]
+        elif positions is None:
+            positions = torch.arange(T, device=ids.device).expand(B, T)
+        rope = rotary(positions, self.config)
+        x = self.model.embed_tokens(ids)                                     # (B, T, C)
+        for number, block in enumerate(self.model.layers):
+            cached = (cache, number, mask) if cache is not None else None
+            x = block(x, rope, lengths or [T], cached)
+        x = self.model.norm(x)
+        if cache is not None:
+            cache.advance(T)
+        head = (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
+        if targets is None:
+            return F.linear(x, head)                                         # (B, T, V)
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        targets = targets.flatten()
+        supervised = (targets != -100).nonzero()[:, 0]                       # (N,)
+        hidden = x.flatten(0, 1)[supervised.to(x.device)]                    # (N, C)
+        loss = FusedLinearCrossEntropy.apply(hidden, head, targets[supervised].to(x.device))
+        return loss, len(supervised)
+
+    def init_weights(self, seed):
+        """Random weights for a start from nothing: normal, the residual paths scaled down (GPT-2)."""
+        generator = torch.Generator().manual_seed(seed)
+        std = self.config.initializer_range
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                deep = name.endswith(("o_proj.weight", "down_proj.weight"))
+                scale = (2 * self.config.num_hidden_layers) ** -0.5 if deep else 1.0
+                nn.init.normal_(p, std=std * scale, generator=generator)
+            else:
+                nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
+        return self
+
+    @classmethod
+    def load(cls, directory, dtype=torch.float32, device="cpu"):
+        """The model in a Hugging Face directory (config.json, model.safetensors); else BadModel."""
+        config = Config.load(directory)
+        path = Path(directory) / "model.safetensors"
+        if not path.is_file():
+            raise BadModel(f"{directory} has no model.safetensors (no other format is read)")
+        try:
+            state = safetensors.torch.load_file(path, device=str(device))
+        except (safetensors.SafetensorError, OSError) as error:
+            raise BadModel(f"{path} cannot be read: {error}") from None
+        if config.tie_word_embeddings:
+            state.pop("lm_head.weight", None)
+        with torch.device("meta"):
+            model = cls(config)
+        try:
+            model.load_state_dict({k: t.to(dtype) for k, t in state.items()}, assign=True)
+        except RuntimeError as error:
+            raise BadModel(f"{path} does not fit config.json: " + " ".join(str(error).split())) from None
+        return model
+
+    def save(self, directory):
+        """Write config.json, generation_config.json's peer weights and nothing else into `directory`."""
+        directory = Path(directory)
+        state = {name: p.detach().cpu().contiguous() for name, p in self.state_dict().items()}
+        dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
+        config = {**self.config.to_dict(), "torch_dtype": dtype}
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        safetensors.torch.save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
