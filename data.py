@@ -349,10 +349,10 @@ def piece_checking(rng):
     by_numbers, by_value = all_tries()
     target = rng.randint(1, HIGHEST)
     lines = [f"make {target}."]
-    for _ in range(rng.randint(2, 10)):
-        hit = target in by_value and rng.random() < 0.6
-        line, tries = some_tries(rng, by_value[target] if hit else
-                                 by_numbers[rng.choice(list(by_numbers))])
+    for _ in range(rng.randint(2, 12)):
+        near = target + rng.choice((0, 0, 0, rng.randint(-3, 3)))       # hits, and near misses
+        steps = by_value.get(near) if rng.random() < 0.75 else None
+        line, tries = some_tries(rng, steps or by_numbers[rng.choice(list(by_numbers))])
         lines.append(line)
         for second, value, _ in tries:
             right, wrong = value == target, rng.random() < 0.06
@@ -371,7 +371,7 @@ def piece_answering(rng):
     return ask(numbers, target), None, answer
 
 
-PIECES = {piece_listing: 0.35, piece_writing: 0.1, piece_checking: 0.45, piece_answering: 0.1}
+PIECES = {piece_listing: 0.2, piece_writing: 0.1, piece_checking: 0.64, piece_answering: 0.06}
 
 
 def countdown_pieces(n, seed):

@@ -1,0 +1,329 @@
+"""Budget forcing (s1, section 3.1), and what a longer or shorter thinking buys.
+
+In:   models, and questions with answers (the built-in Countdown task's held-out ones).
+Out:  a table in the terminal; MODEL/eval/ with rows.jsonl (an answer a row), runs.jsonl (a run a
+      row), summary.json (Control, Scaling, Performance) and curve.png where matplotlib is installed.
+
+Map:  Budget      lengthens thinking with `Wait` and cuts it short: a `steer` of the sampler
+      evaluate    a set of questions under one budget: a run
+      measures    intervals, Control, Scaling, Performance, what a Wait gains
+      the report  table and curve
+"""
+import argparse
+import itertools
+import json
+import math
+import shutil
+import statistics
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from data import BadInput, complaints, countdown_questions, extract, grade
+from model import BadModel
+from sample import Sampler, load, stream
+
+# ---- Budget ---------------------------------------------------------------------------------
+
+
+@dataclass
+class Thought:
+    """Where a row stands: what `Budget` keeps in `row.memory`."""
+    tokens: int = 0                     # of thinking so far: sampled ones, and every appended `Wait`
+    waits: int = 0                      # how often it was made to go on
+    ended: str | None = None            # "natural", "cut" (budget), "context" (no room left)
+    begin: int | None = None            # where the answer begins in row.tokens
+
+
+@dataclass
+class Budget:
+    """Between `min` (so many `Wait`s) and `max` (so many tokens) of thinking, then an answer.
+
+                     wants to end, waits left: `Wait` instead
+                    .------.
+                    v      |
+        thinking ---+------'--- wants to end -------------->  answering --> end
+                    |                                             ^
+                    '--- the budget is spent: `Final Answer:` ----'
+
+    It is a `steer`: called with a row and the token that was drawn, it returns the tokens that go
+    in instead. It knows tokens and no model. One budget holds over all extensions, an appended
+    `Wait` is paid from it, and the opening and closing delimiters are free.
+    """
+    max_thinking: int                   # tokens; 0 answers at once, -1 is no limit
+    waits: int                          # how many ends of thinking are turned into a `Wait`
+    close: list                         # the delimiter between thinking and answer
+    wait: list                          # what goes in where thinking wanted to end
+    final: list                         # what begins the answer when thinking was cut
+    newline: list                       # goes before a cut's delimiter ...
+    line_ends: frozenset                # ... unless the last token is one of these
+    ends: frozenset                     # drawn while thinking, these want to end it
+    stop: int                           # ends the answer
+    max_answer: int = 32                # tokens of the answer, of what is sampled
+    room: int | None = None             # tokens of a row in all, what the sampler can hold
+
+    @classmethod
+    def of(cls, chat, max_thinking=-1, waits=0, wait="Wait", final="Final Answer:", **others):
+        """The budget with a chat's own delimiters."""
+        if max_thinking < -1 or waits < 0:
+            raise BadInput("a budget is at least -1 (no limit), a number of waits at least 0")
+        vocabulary = range(chat.tokenizer.get_vocab_size())
+        line_ends = (i for i, text in zip(vocabulary, chat.tokenizer.decode_batch(
+            [[i] for i in vocabulary], skip_special_tokens=False)) if text.endswith("\n"))
+        return cls(max_thinking, waits, close=chat.answer, wait=chat.text(wait), final=chat.text(final),
+                   newline=chat.text("\n"), line_ends=frozenset(line_ends),
+                   ends=frozenset({chat.start, *chat.stops}), stop=chat.end, **others)
+
+    def __call__(self, row, token):
+        if row.memory is None:
+            row.memory = Thought()
+        thought = row.memory
+        if thought.ended:
+            spent = len(row.tokens) - thought.begin >= self.max_answer
+            return [self.stop] if spent or token in self.ends and token != self.stop else [token]
+
+        left, why = self.left(row)
+        if token in self.ends:
+            if thought.waits < self.waits and len(self.wait) <= left:
+                thought.waits += 1
+                thought.tokens += len(self.wait)
+                row.banned = self.ends          # the very next token may not want to end again
+                return self.wait
+            return self.finish(row, "natural", self.close)
+        if left <= 0:
+            last = row.tokens[-1] if row.tokens else row.prompt[-1]
+            newline = [] if last in self.line_ends else self.newline
+            return self.finish(row, why, newline + self.close + self.final)
+        thought.tokens += 1
+        return [token]
+
+    def left(self, row):
+        """How many tokens of thinking are left, and what it is that ends them."""
+        budget = math.inf if self.max_thinking < 0 else self.max_thinking - row.memory.tokens
+        if self.room is None:
+            return budget, "cut"
+        closing = len(self.newline + self.close + self.final) + self.max_answer + 1
+        context = self.room - len(row.prompt) - len(row.tokens) - closing
+        return min((budget, "cut"), (context, "context"))
+
+    def finish(self, row, why, tokens):
+        row.memory.ended = why
+        row.memory.begin = len(row.tokens) + len(tokens)
+        return tokens
+
+
+# ---- Evaluation -----------------------------------------------------------------------------
+
+
+def evaluate(sampler, chat, questions, budget, seed=0, name="", temperature=0.0):
+    """Ask all questions under one budget, or with no thinking at all (None): a row of results each.
+
+    Only what follows the first end of thinking is graded.
+    """
+    thinking = budget is not None
+    prompts = [chat.prompt(question["question"], thinking) for question in questions]
+    rows = [None] * len(prompts)
+    answers = sampler.generate(prompts, steer=budget, seed=seed, stops=chat.stops, temperature=temperature,
+                               max_new_tokens=None if thinking else 32)
+    for row in tqdm(answers, desc=name, total=len(prompts), unit="row", leave=False, disable=None,
+                    dynamic_ncols=True):
+        thought = row.memory or Thought(ended="none", begin=0)
+        begin = thought.begin - len(budget.final) if thought.ended in ("cut", "context") else thought.begin
+        end = len(row.tokens) - (row.finish == "stop")
+        answer = chat.decode(row.tokens[begin:end])
+        rows[row.index] = {
+            **questions[row.index], "text": chat.decode(row.tokens), "found": extract(answer),
+            "correct": grade(answer, questions[row.index]["answer"]), "thinking_tokens": thought.tokens,
+            "waits": thought.waits, "ended": thought.ended, "finish": row.finish,
+            "forced": [i for i, forced in enumerate(row.forced) if forced]}
+    return rows
+
+
+def measure(rows, **what):
+    """One run in numbers; the interval is Wilson's, 95%."""
+    n, correct = len(rows), sum(row["correct"] for row in rows)
+    low, high = wilson(correct, n)
+    return {**what, "n": n, "correct": correct, "accuracy": correct / n, "low": low, "high": high,
+            "thinking_tokens": statistics.fmean(row["thinking_tokens"] for row in rows)}
+
+
+def wilson(correct, n, z=1.96):
+    p = correct / n
+    middle, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (middle - half) / (1 + z * z / n)), min(1.0, (middle + half) / (1 + z * z / n))
+
+
+def gain(rows, others, z=1.96):
+    """How many points `rows` gained over `others` on the same questions: mean, low, high (95%, paired)."""
+    differences = [100 * (row["correct"] - other["correct"]) for row, other in zip(rows, others)]
+    mean = statistics.fmean(differences)
+    half = z * statistics.pstdev(differences) / math.sqrt(len(differences))
+    return mean, mean - half, mean + half
+
+
+def summarise(runs):
+    """Control, Scaling and Performance (s1, section 3.2) of one model's runs over budgets.
+
+    Control: share of the runs that kept their budget. Scaling: mean over pairs of runs of the
+    points gained per doubling of the thinking (axis log2(tokens), so runs that thought at all).
+    """
+    forced = [run for run in runs if run["method"] == "budget"]
+    kept = [run for run in forced if run["max_thinking"] < 0 or run["thinking_tokens"] <= run["max_thinking"]]
+    points = sorted((math.log2(run["thinking_tokens"]), 100 * run["accuracy"])
+                    for run in forced if not run["waits"] and run["thinking_tokens"] >= 1)
+    slopes = [(g - f) / (b - a) for i, (a, f) in enumerate(points) for b, g in points[i + 1:] if b > a]
+    return {"control": 100 * len(kept) / len(forced) if forced else None,
+            "scaling_points_per_doubling": statistics.fmean(slopes) if slopes else None,
+            "performance": max((100 * run["accuracy"] for run in runs), default=None)}
+
+
+# ---- The report -----------------------------------------------------------------------------
+
+
+def line(run):
+    """A run as a line of the table, with a bar of 50 characters for 100%."""
+    setting = "no thinking" if run["method"] == "direct" else (
+        f"{'unlimited' if run['max_thinking'] < 0 else run['max_thinking']:>9}"
+        + (f" + {run['waits']} Wait" if run["waits"] else ""))
+    return (f"{run['model'][:16]:16} {setting:18} {run['thinking_tokens']:8.1f} "
+            f"{100 * run['accuracy']:6.1f}% [{100 * run['low']:5.1f}, {100 * run['high']:5.1f}] "
+            f"{'█' * round(50 * run['accuracy'])}")
+
+
+HEADER = f"{'model':16} {'thinking budget':18} {'thought':>8} {'right':>7} {'95% interval':14}"
+
+
+def draw(runs, path):
+    """The curve, accuracy against thinking tokens: one line a model, its Waits as triangles."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"no {path.name}: `pip install matplotlib` draws it next time")
+        return
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
+    for number, model in enumerate(dict.fromkeys(run["model"] for run in runs)):
+        mine = [run for run in runs if run["model"] == model]
+        colour, style = f"C{number}", ("-", "--", ":", "-.")[number % 4]
+        for waits, marker in ((False, "o"), (True, "^")):
+            points = sorted((run["thinking_tokens"], run) for run in mine
+                            if run["method"] == "budget" and bool(run["waits"]) == waits)
+            if points:
+                x = [tokens for tokens, _ in points]
+                y = [100 * run["accuracy"] for _, run in points]
+                bars = [[100 * (run["accuracy"] - run["low"]) for _, run in points],
+                        [100 * (run["high"] - run["accuracy"]) for _, run in points]]
+                axes.errorbar(x, y, bars, color=colour, linestyle="" if waits else style, marker=marker,
+                              capsize=3, label=f"{model}, {'with Waits' if waits else 'budgets'}")
+        for run in mine:
+            if run["method"] == "direct":
+                axes.axhline(100 * run["accuracy"], color=colour, linestyle=":", linewidth=1,
+                             label=f"{model}, no thinking")
+    axes.set(xlabel="thinking tokens, mean of the answers", ylabel="right answers, %", ylim=(0, 100))
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+    print(f"drew {path}")
+
+
+def arguments():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
+                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("question", nargs="?", help="ask only this, and watch it think under the first budget and wait")
+    add("--model", nargs="+", default=["out/student"], help="directories of students")
+    add("--base", default="assets/countdown-base", help="directory to compare with, '' for none")
+    add("--budgets", type=int, nargs="+", help="thinking tokens at most; -1 is no limit "
+        "(default: 0 16 32 64 96 128 192 -1)")
+    add("--waits", type=int, nargs="*", help="how many ends of thinking become a Wait, without limit (default: 1 2)")
+    add("--wait", default="Wait", help="what is appended where thinking wanted to end")
+    add("--max-answer", type=int, default=32, help="tokens of the answer")
+    add("--part", choices=("test", "tune"), default="test", help="the held-out questions, or those to tune on")
+    add("--n", type=int, default=500, help="how many questions")
+    add("--seed", type=int, default=0, help="of the choice of questions, and of the draws")
+    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    add("--slots", type=int, default=64, help="rows side by side")
+    add("--max-length", type=int, default=768, help="tokens of a row with its prompt, which bounds 'no limit'")
+    add("--overwrite", action="store_true", help="replace an evaluation that is there")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
+    return parser.parse_args()
+
+
+def main():
+    args = arguments()
+    with complaints(BadModel):
+        ask(args) if args.question else compare(args)
+
+
+def ask(args):
+    model, chat = load(args.model[0], args.device)
+    length = min(args.max_length, model.config.max_position_embeddings)
+    budget = Budget.of(chat, (args.budgets or [-1])[0], (args.waits or [0])[0], args.wait,
+                       max_answer=args.max_answer, room=length)
+    row = stream(Sampler(model, 1, length), chat, chat.prompt(args.question), len(chat.think), budget,
+                 stops=chat.stops, seed=args.seed, temperature=args.temperature)
+    print(f"({row.memory.tokens} thinking tokens, {row.memory.waits} Wait, ended: {row.memory.ended})")
+
+
+def compare(args):
+    """Evaluate the base and each student over the budgets and the Waits; print, and write MODEL/eval."""
+    budgets = [0, 16, 32, 64, 96, 128, 192, -1] if args.budgets is None else args.budgets
+    waits = [1, 2] if args.waits is None else args.waits
+    settings = [(budget, 0) for budget in budgets] + [(-1, n) for n in waits if n]
+    for directory in args.model:
+        if Path(directory, "eval").exists() and not args.overwrite:
+            raise BadInput(f"{directory}/eval already holds an evaluation: --overwrite it")
+    questions = countdown_questions(args.part, args.n, args.seed)
+    print(f"{args.n} questions to {args.part}, seed {args.seed}\n\n{HEADER}", flush=True)
+    base = examine(args.base, questions, settings, args) if args.base else []
+    for directory in args.model:
+        student = examine(directory, questions, settings, args)
+        summary = summarise([run for run, _ in student])
+        print(f"\n{Path(directory).name}: " + ", ".join(
+            f"{name} {value:.1f}" for name, value in summary.items() if value is not None))
+        by_waits = {run["waits"]: rows for run, rows in student
+                    if run["method"] == "budget" and run["max_thinking"] < 0}
+        for fewer, more in itertools.pairwise(sorted(by_waits)):
+            print("{} Wait over {}: {:+.1f} points [{:+.1f}, {:+.1f}], paired".format(
+                more, fewer, *gain(by_waits[more], by_waits[fewer])))
+        write(Path(directory, "eval"), base + student, summary)
+        print()
+
+
+def examine(directory, questions, settings, args):
+    """All runs of one model, each printed as it is done: [(run, its rows)]."""
+    model, chat = load(directory, args.device)
+    sampler = Sampler(model, args.slots, min(args.max_length, model.config.max_position_embeddings))
+    results = []
+    for max_thinking, waits in [(None, 0), *settings]:
+        budget = None if max_thinking is None else Budget.of(
+            chat, max_thinking, waits, args.wait, max_answer=args.max_answer, room=sampler.max_length)
+        what = {"model": Path(directory).name, "method": "budget" if budget else "direct",
+                "max_thinking": max_thinking or 0, "waits": waits, "seed": args.seed}
+        rows = evaluate(sampler, chat, questions, budget, args.seed, what["model"], args.temperature)
+        results.append((measure(rows, **what), [{**what, **row} for row in rows]))
+        print(line(results[-1][0]), flush=True)
+    return results
+
+
+def write(directory, results, summary):
+    """rows.jsonl, runs.jsonl, summary.json and curve.png beside the final name, then renamed."""
+    draft = directory.with_name(directory.name + ".draft")
+    shutil.rmtree(draft, ignore_errors=True)
+    draft.mkdir()
+    for name, objects in (("runs.jsonl", [run for run, _ in results]),
+                          ("rows.jsonl", [row for _, rows in results for row in rows])):
+        (draft / name).write_text("".join(json.dumps(o) + "\n" for o in objects), encoding="utf-8")
+    (draft / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    draw([run for run, _ in results], draft / "curve.png")
+    shutil.rmtree(directory, ignore_errors=True)
+    draft.rename(directory)
+    print(f"wrote {directory}")
+
+
+if __name__ == "__main__":
+    main()
