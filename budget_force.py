@@ -9,7 +9,6 @@ Map:  Budget      lengthens thinking with `Wait` and cuts it short: a `steer` of
       measures    intervals, Control, Scaling, Performance, what a Wait gains
       the report  table and curve
 """
-import argparse
 import itertools
 import json
 import math
@@ -21,7 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import BadInput, complaints, countdown_questions, extract, grade
+from data import BadInput, Parser, at_least, complaints, countdown_questions, extract, grade
 from model import BadModel
 from sample import Sampler, load, stream
 
@@ -117,7 +116,7 @@ class Budget:
 # ---- Evaluation -----------------------------------------------------------------------------
 
 
-def evaluate(sampler, chat, questions, budget, seed=0, name="", temperature=0.0):
+def evaluate(sampler, chat, questions, budget, max_answer=32, seed=0, temperature=0.0, name=""):
     """Ask all questions under one budget, or with no thinking at all (None): a row of results each.
 
     Only what follows the first end of thinking is graded.
@@ -126,7 +125,7 @@ def evaluate(sampler, chat, questions, budget, seed=0, name="", temperature=0.0)
     prompts = [chat.prompt(question["question"], thinking) for question in questions]
     rows = [None] * len(prompts)
     answers = sampler.generate(prompts, steer=budget, seed=seed, stops=chat.stops, temperature=temperature,
-                               max_new_tokens=None if thinking else 32)
+                               max_new_tokens=None if thinking else max_answer)
     for row in tqdm(answers, desc=name, total=len(prompts), unit="row", leave=False, disable=None,
                     dynamic_ncols=True):
         thought = row.memory or Thought(ended="none", begin=0)
@@ -184,15 +183,30 @@ def summarise(runs):
 
 def line(run):
     """A run as a line of the table, with a bar of 50 characters for 100%."""
-    setting = "no thinking" if run["method"] == "direct" else (
-        f"{'unlimited' if run['max_thinking'] < 0 else run['max_thinking']:>9}"
-        + (f" + {run['waits']} Wait" if run["waits"] else ""))
-    return (f"{run['model'][:16]:16} {setting:18} {run['thinking_tokens']:8.1f} "
+    return (f"{run['model'][:16]:16} {setting(run):18} {run['thinking_tokens']:8.1f} "
             f"{100 * run['accuracy']:6.1f}% [{100 * run['low']:5.1f}, {100 * run['high']:5.1f}] "
             f"{'█' * round(50 * run['accuracy'])}")
 
 
 HEADER = f"{'model':16} {'thinking budget':18} {'thought':>8} {'right':>7} {'95% interval':14}"
+
+
+def setting(run):
+    """What a run asked for, in words."""
+    if run["method"] == "direct":
+        return "no thinking"
+    budget = "unlimited" if run["max_thinking"] < 0 else str(run["max_thinking"])
+    return budget + (f" + {run['waits']} Wait" if run["waits"] else "")
+
+
+def side_by_side(students):
+    """The accuracy of several students under the same settings, with mean and spread (max - min)."""
+    names = "".join(f"{runs[0]['model'][:10]:>11}" for runs in students)
+    print(f"{'thinking budget':18}{names}{'mean':>11}{'spread':>8}")
+    for same in zip(*students):
+        right = [100 * run["accuracy"] for run in same]
+        print(f"{setting(same[0]):18}" + "".join(f"{value:10.1f}%" for value in right)
+              + f"{statistics.fmean(right):10.1f}%{max(right) - min(right):8.1f}")
 
 
 def draw(runs, path):
@@ -231,23 +245,23 @@ def draw(runs, path):
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("question", nargs="?", help="ask only this, and watch it think under the first budget and wait")
+    add("question", nargs="?", help="ask only this, and watch it think: last of --budgets, first of --waits")
     add("--model", nargs="+", default=["out/student"], help="directories of students")
     add("--base", default="assets/countdown-base", help="directory to compare with, '' for none")
-    add("--budgets", type=int, nargs="+", help="thinking tokens at most; -1 is no limit "
-        "(default: 0 16 32 64 96 128 192 -1)")
-    add("--waits", type=int, nargs="*", help="how many ends of thinking become a Wait, without limit (default: 1 2)")
+    add("--budgets", type=at_least(-1), nargs="+", default=[0, 16, 32, 64, 96, 128, 192, -1],
+        help="thinking tokens at most; -1 is no limit")
+    add("--waits", type=at_least(0), nargs="+", default=[1, 2],
+        help="how many ends of thinking become a Wait, where thinking has no limit; 0 for none")
     add("--wait", default="Wait", help="what is appended where thinking wanted to end")
-    add("--max-answer", type=int, default=32, help="tokens of the answer")
+    add("--max-answer", type=at_least(1), default=32, help="tokens of the answer")
     add("--part", choices=("test", "tune"), default="test", help="the held-out questions, or those to tune on")
-    add("--n", type=int, default=500, help="how many questions")
+    add("--n", type=at_least(1), default=500, help="how many questions")
     add("--seed", type=int, default=0, help="of the choice of questions, and of the draws")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
-    add("--slots", type=int, default=64, help="rows side by side")
-    add("--max-length", type=int, default=768, help="tokens of a row with its prompt, which bounds 'no limit'")
+    add("--slots", type=at_least(1), default=64, help="rows side by side")
+    add("--max-length", type=at_least(1), default=768, help="tokens of a row with its prompt, which bounds 'no limit'")
     add("--overwrite", action="store_true", help="replace an evaluation that is there")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
     return parser.parse_args()
@@ -262,7 +276,7 @@ def main():
 def ask(args):
     model, chat = load(args.model[0], args.device)
     length = min(args.max_length, model.config.max_position_embeddings)
-    budget = Budget.of(chat, (args.budgets or [-1])[0], (args.waits or [0])[0], args.wait,
+    budget = Budget.of(chat, args.budgets[-1], args.waits[0], args.wait,
                        max_answer=args.max_answer, room=length)
     row = stream(Sampler(model, 1, length), chat, chat.prompt(args.question), len(chat.think), budget,
                  stops=chat.stops, seed=args.seed, temperature=args.temperature)
@@ -271,15 +285,14 @@ def ask(args):
 
 def compare(args):
     """Evaluate the base and each student over the budgets and the Waits; print, and write MODEL/eval."""
-    budgets = [0, 16, 32, 64, 96, 128, 192, -1] if args.budgets is None else args.budgets
-    waits = [1, 2] if args.waits is None else args.waits
-    settings = [(budget, 0) for budget in budgets] + [(-1, n) for n in waits if n]
+    settings = [(budget, 0) for budget in args.budgets] + [(-1, n) for n in args.waits if n]
     for directory in args.model:
         if Path(directory, "eval").exists() and not args.overwrite:
             raise BadInput(f"{directory}/eval already holds an evaluation: --overwrite it")
     questions = countdown_questions(args.part, args.n, args.seed)
     print(f"{args.n} questions to {args.part}, seed {args.seed}\n\n{HEADER}", flush=True)
     base = examine(args.base, questions, settings, args) if args.base else []
+    students = []
     for directory in args.model:
         student = examine(directory, questions, settings, args)
         summary = summarise([run for run, _ in student])
@@ -291,7 +304,10 @@ def compare(args):
             print("{} Wait over {}: {:+.1f} points [{:+.1f}, {:+.1f}], paired".format(
                 more, fewer, *gain(by_waits[more], by_waits[fewer])))
         write(Path(directory, "eval"), base + student, summary)
-        print()
+        students.append([run for run, _ in student])
+        print(flush=True)
+    if len(students) > 1:
+        side_by_side(students)
 
 
 def examine(directory, questions, settings, args):
@@ -304,7 +320,8 @@ def examine(directory, questions, settings, args):
             chat, max_thinking, waits, args.wait, max_answer=args.max_answer, room=sampler.max_length)
         what = {"model": Path(directory).name, "method": "budget" if budget else "direct",
                 "max_thinking": max_thinking or 0, "waits": waits, "seed": args.seed}
-        rows = evaluate(sampler, chat, questions, budget, args.seed, what["model"], args.temperature)
+        rows = evaluate(sampler, chat, questions, budget, args.max_answer, args.seed, args.temperature,
+                        what["model"])
         results.append((measure(rows, **what), [{**what, **row} for row in rows]))
         print(line(results[-1][0]), flush=True)
     return results

@@ -49,6 +49,33 @@ def complaints(*kinds):
         sys.exit(0)
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter):
+    def _get_help_string(self, action):
+        nothing = action.default is None or action.default is False
+        return action.help if nothing else super()._get_help_string(action)
+
+
+class Parser(argparse.ArgumentParser):
+    """argparse with the defaults in --help, and one line for a bad flag too."""
+
+    def __init__(self, **options):
+        super().__init__(formatter_class=Help, **options)
+
+    def error(self, message):
+        print(f"error: {message} (--help lists the flags)", file=sys.stderr)
+        sys.exit(2)
+
+
+def at_least(lowest):
+    """The type of a flag that takes a whole number from `lowest` on."""
+    def number(text):
+        if int(text) < lowest:
+            raise argparse.ArgumentTypeError(f"{text} is less than {lowest}")
+        return int(text)
+    number.__name__ = "number"
+    return number
+
+
 # ---- Chat -----------------------------------------------------------------------------------
 
 SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
@@ -511,7 +538,7 @@ def load_examples(data, chat, n=None, seed=0, give_up=0.7):
     """Training examples (ids, first supervised) of `countdown`, `pieces` or a file of traces."""
     if data == "pieces":
         return [(chat.example(*piece)[0], 1) if isinstance(piece, tuple)
-                else ([*chat.text(piece), chat.eos], 1) for piece in countdown_pieces(n, seed)]
+                else ([*chat.text(piece), chat.eos], 1) for piece in countdown_pieces(n or 180_000, seed)]
     traces = countdown_traces(n or 1000, seed, give_up) if data == "countdown" else load_traces(data)
     return [chat.example(*trace) for trace in traces[:n]]
 
@@ -559,25 +586,22 @@ def make_tokenizer(directory):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    add = functools.partial(commands.add_parser,
-                            formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
-    shows = add("show", help="print training examples as the model sees them, supervised part in colour")
+    shows = commands.add_parser("show", help="print training examples as the model sees them, supervised part in colour")
     shows.add_argument("data", nargs="?", default="countdown", help="countdown, pieces or a file of traces")
     shows.add_argument("--model", default="assets/countdown-base", help="directory with the tokenizer")
-    shows.add_argument("--n", type=int, default=1, help="how many examples")
+    shows.add_argument("--n", type=at_least(1), default=1, help="how many examples")
     shows.add_argument("--seed", type=int, default=0)
     shows.add_argument("--colour", choices=("auto", "always", "never"), default="auto")
 
-    writes = add("countdown", help="write traces of the Countdown teacher as JSONL to standard output")
-    writes.add_argument("--n", type=int, default=1000, help="how many traces")
+    writes = commands.add_parser("countdown", help="write traces of the Countdown teacher as JSONL to standard output")
+    writes.add_argument("--n", type=at_least(1), default=1000, help="how many traces")
     writes.add_argument("--seed", type=int, default=0)
     writes.add_argument("--give-up", type=float, default=0.7, help="how likely the teacher gives up when tired")
 
-    makes = add("tokenizer", help="make the tiny base's tokenizer")
+    makes = commands.add_parser("tokenizer", help="make the tiny base's tokenizer")
     makes.add_argument("directory", help="where tokenizer.json goes")
 
     args = parser.parse_args()

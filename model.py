@@ -382,7 +382,7 @@ class Transformer(nn.Module):
         return model
 
     def save(self, directory):
-        """Write config.json, generation_config.json's peer weights and nothing else into `directory`."""
+        """Write config.json and model.safetensors into a directory that is there."""
         directory = Path(directory)
         state = {name: p.detach().cpu().contiguous() for name, p in self.state_dict().items()}
         dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")

@@ -11,7 +11,6 @@ row would take, retire the finished rows, decode one token for every slot.
 
 From the command line it streams one answer: python sample.py "Use 3, 5 and 2 with + - * to make 16."
 """
-import argparse
 import sys
 import zlib
 from collections import deque
@@ -20,7 +19,7 @@ from typing import Any
 
 import torch
 
-from data import BadInput, Chat, complaints, escape
+from data import BadInput, Chat, Parser, at_least, complaints, escape
 from model import BadModel, KVCache, Transformer
 
 
@@ -168,13 +167,12 @@ def stream(sampler, chat, prompt, shown, steer=None, colour=None, **options):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("question", help="what to ask")
     add("--model", default="out/student", help="directory of the model")
     add("--direct", action="store_true", help="answer at once: do not open the thinking")
-    add("--max-new-tokens", type=int, default=1024, help="stop after so many tokens")
+    add("--max-new-tokens", type=at_least(1), default=1024, help="stop after so many tokens")
     add("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
     add("--seed", type=int, default=0, help="of the draws")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")

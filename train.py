@@ -6,7 +6,6 @@ Out:  a model directory in the Hugging Face layout, with metrics.jsonl and argum
 With no flags it fine-tunes the tiny base on 1,000 Countdown traces. The base itself was made by the
 same loop, everything supervised: see assets/countdown-base/README.md.
 """
-import argparse
 import json
 import math
 import os
@@ -17,25 +16,24 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import BadInput, Chat, complaints, epoch_batches, load_examples, pack
+from data import BadInput, Chat, Parser, at_least, complaints, epoch_batches, load_examples, pack
 from model import BadModel, Config, Transformer
 
 
 def arguments():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0],
-                                     formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", default="assets/countdown-base", help="directory of the model to start from")
     add("--scratch", action="store_true", help="start from random weights: take config and tokenizer only")
     add("--data", default="countdown", help="countdown, pieces (pre-training) or a file of traces")
-    add("--n", type=int, help="how many examples (countdown: 1000, a file: all)")
+    add("--n", type=at_least(1), help="how many examples (default: countdown 1000, pieces 180000, a file all)")
     add("--give-up", type=float, default=0.7, help="how likely Countdown's teacher gives up when tired")
     add("--out", default="out/student", help="directory to write the result to")
     add("--overwrite", action="store_true", help="replace what is in --out")
-    add("--epochs", type=int, default=8, help="passes over the examples")
-    add("--max-steps", type=int, help="stop after so many optimizer steps")
-    add("--batch-size", type=int, default=16, help="sequences in an optimizer step")
-    add("--tokens-per-batch", type=int, default=8192, help="tokens in a packed row; longer examples are dropped")
+    add("--epochs", type=at_least(1), default=8, help="passes over the examples")
+    add("--max-steps", type=at_least(1), help="stop after so many optimizer steps")
+    add("--batch-size", type=at_least(1), default=16, help="sequences in an optimizer step")
+    add("--tokens-per-batch", type=at_least(1), default=8192, help="tokens in a packed row; longer examples are dropped")
     add("--lr", type=float, default=2e-3, help="highest learning rate (s1 on 32B: 1e-5)")
     add("--warmup", type=float, default=0.05, help="share of the steps in which it rises; then a cosine to 0")
     add("--weight-decay", type=float, default=1e-4, help="AdamW's")
@@ -85,9 +83,6 @@ def main():
 def train(args):
     if Path(args.out).exists() and not args.overwrite:
         raise BadInput(f"{args.out} already holds a run: choose another --out, or --overwrite it")
-    for name in ("epochs", "batch_size", "tokens_per_batch", "n", "max_steps"):
-        if (getattr(args, name) or 1) < 1:
-            raise BadInput(f"--{name.replace('_', '-')} must be at least 1")
 
     # The examples: (ids, index of the first supervised token). An over-long one is dropped, never
     # cut: a trace without its end teaches to think without end (s1, section 4.1).

@@ -7,6 +7,8 @@ import torch
 from data import Chat
 from model import Config, Transformer
 
+torch.set_num_threads(1)      # these models are too small to share among cores
+
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "assets" / "countdown-base"
 

@@ -1,0 +1,226 @@
+"""The programs as a person runs them: training, the whole path, and what they say to bad input."""
+import json
+import re
+import shutil
+import sys
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import BASE, ROOT, tiny_model
+
+import budget_force
+import data
+import sample
+import train
+from model import Transformer
+
+PROGRAMS = {"train": train, "sample": sample, "budget_force": budget_force, "data": data}
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A directory with a tiny random model over the base's tokenizer."""
+    directory = tmp_path_factory.mktemp("tiny")
+    tiny_model(vocab_size=1408).save(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BASE / name, directory)
+    return directory
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run("train", "--n", 8) is `python train.py --n 8`: (exit code, standard output, standard error)."""
+    def call(program, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{program}.py", *map(str, arguments)])
+        code = 0
+        try:
+            PROGRAMS[program].main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+    return call
+
+
+def trained(run, tiny, out, *arguments):
+    code, printed, _ = run("train", "--model", tiny, "--out", out, "--n", 10, "--batch-size", 4,
+                           "--epochs", 1, *arguments)
+    assert code == 0, printed
+    losses = [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return safetensors.torch.load_file(out / "model.safetensors"), losses, printed
+
+
+# ---- Training -------------------------------------------------------------------------------
+
+
+def test_rerun_is_bitwise_equal_and_the_seed_matters(run, tiny, tmp_path):
+    first, losses, _ = trained(run, tiny, tmp_path / "a")
+    again, _, _ = trained(run, tiny, tmp_path / "b")
+    other, _, _ = trained(run, tiny, tmp_path / "c", "--seed", 1)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert any(not torch.equal(first[name], other[name]) for name in first)
+    assert len(losses) == 3                         # 10 examples by 4: 4, 4, 2
+
+
+def test_the_loss_is_a_mean_over_the_steps_tokens(run, tiny, tmp_path):
+    """All in one row or an example a row: the same steps, though the lengths are very unequal."""
+    whole, losses, _ = trained(run, tiny, tmp_path / "a", "--tokens-per-batch", 99999)
+    parts, again, _ = trained(run, tiny, tmp_path / "b", "--tokens-per-batch", 330)
+    assert losses == pytest.approx(again, abs=1e-5)
+    # Adam divides by the root of the square: a gradient of 1e-9 and one of 2e-9 move a weight alike,
+    # so a few near-zero gradients differ by much of a step; the losses above are the strict check.
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], atol=1e-3, rtol=0)
+
+
+def test_the_first_loss_is_the_plain_one(run, tiny, tmp_path):
+    _, losses, _ = trained(run, tiny, tmp_path / "a", "--batch-size", 10)
+    chat, model = data.Chat(tiny), Transformer.load(tiny)
+    total = count = 0
+    for trace in data.countdown_traces(10, 0):
+        ids, first = chat.example(*trace)
+        logits = model(torch.tensor([ids]))[0, first - 1:-1]
+        total += torch.nn.functional.cross_entropy(logits, torch.tensor(ids[first:]), reduction="sum").item()
+        count += len(ids) - first
+    assert losses[0] == pytest.approx(total / count, abs=1e-4)
+
+
+def test_training_learns(run, tiny, tmp_path):
+    _, losses, printed = trained(run, tiny, tmp_path / "a", "--epochs", 20, "--lr", 1e-2)
+    assert losses[-1] < 0.5 * losses[0]
+    assert "20" not in printed or re.search(r"60 steps", printed)
+
+
+def test_over_long_examples_are_dropped_and_counted(run, tiny, tmp_path):
+    lengths = [len(data.Chat(tiny).example(*trace)[0]) for trace in data.countdown_traces(10, 0)]
+    limit = sorted(lengths)[6]
+    _, _, printed = trained(run, tiny, tmp_path / "a", "--tokens-per-batch", limit)
+    kept = sum(length <= limit for length in lengths)
+    assert f"{kept} examples" in printed and f"{10 - kept} dropped as longer than {limit}" in printed
+
+
+def test_schedule():
+    rates = [train.learning_rate(step, 100, 1.0, 0.05) for step in range(100)]
+    assert rates[:5] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1.0]) and max(rates) == 1.0
+    assert all(a >= b for a, b in zip(rates[4:], rates[5:])) and 0 < rates[-1] < 0.001
+
+
+def test_pretraining_from_scratch_and_traces_of_another_tool(run, tiny, tmp_path):
+    trained(run, tiny, tmp_path / "a", "--scratch", "--data", "pieces")
+    (tmp_path / "r1.json").write_text(json.dumps(
+        [{"problem": "1+1?", "message_thinking": "Okay, so 1+1. " * 9, "message_content": r"\boxed{2}"}]))
+    trained(run, tiny, tmp_path / "b", "--data", tmp_path / "r1.json", "--max-steps", 1)
+
+
+def test_a_run_leaves_a_whole_model_directory(run, tiny, tmp_path):
+    out = tmp_path / "deep" / "student"
+    trained(run, tiny, out)
+    assert {path.name for path in out.iterdir()} == {
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+        "model.safetensors", "metrics.jsonl", "arguments.json"}
+    assert not list(out.parent.glob("*.draft"))
+    assert json.loads((out / "arguments.json").read_text())["n"] == 10
+
+
+# ---- The whole path -------------------------------------------------------------------------
+
+
+def test_train_then_evaluate(run, tiny, tmp_path):
+    out = tmp_path / "student"
+    trained(run, tiny, out)
+    code, printed, error = run("budget_force", "--model", out, "--base", tiny, "--n", 6, "--budgets", 0, 8, -1,
+                               "--waits", 1, "--max-length", 128, "--slots", 4)
+    assert code == 0, error
+    runs = [json.loads(line) for line in (out / "eval" / "runs.jsonl").read_text().splitlines()]
+    assert [(r["model"] == "student", r["method"], r["max_thinking"], r["waits"]) for r in runs] == [
+        (student, *setting) for student in (False, True) for setting in
+        (("direct", 0, 0), ("budget", 0, 0), ("budget", 8, 0), ("budget", -1, 0), ("budget", -1, 1))]
+    assert all(r["thinking_tokens"] <= r["max_thinking"] for r in runs if r["max_thinking"] >= 0)
+    rows = [json.loads(line) for line in (out / "eval" / "rows.jsonl").read_text().splitlines()]
+    assert len(rows) == 6 * len(runs) and sum(r["correct"] for r in rows) == sum(r["correct"] for r in runs)
+    assert json.loads((out / "eval" / "summary.json").read_text())["control"] == 100
+    assert "1 Wait over 0" in printed and "unlimited + 1 Wait" in printed
+    code, _, error = run("budget_force", "--model", out)
+    assert code == 2 and "already holds" in error
+
+
+def test_only_the_answer_is_graded(chat, monkeypatch):
+    """A right expression in the thinking, or behind a second end of it, earns nothing."""
+    question = {"question": "q", "answer": {"numbers": [2, 3, 5], "target": 16}}
+
+    def graded(text, cut=False):
+        made = budget_force.Budget.of(chat, 0 if cut else -1, 0)
+
+        class Scripted:
+            def generate(self, prompts, steer, **options):
+                row, script = sample.Row(0, prompts[0]), chat.tokenizer
+                script.encode_special_tokens = False
+                drawn = script.encode(text).ids
+                script.encode_special_tokens = True
+                while row.finish is None:
+                    sample.Sampler.take(self, row, drawn.pop(0) if not row.queue else None, steer)
+                    row.finish = "stop" if row.tokens[-1] in chat.stops else None
+                yield row
+        return budget_force.evaluate(Scripted(), chat, [question], made)[0]
+    assert graded("no\n<|im_start|>Answer: (3+5)*2<|im_end|>")["correct"]
+    assert graded("x (3+5)*2<|im_end|>", cut=True)["found"] == "(3+5)*2"     # x gave way to `Final Answer:`
+    assert not graded("Answer: (3+5)*2\n<|im_start|>Answer: 3*5<|im_end|>")["correct"]
+    assert not graded("no\n<|im_start|>no\n<|im_start|>Answer: (3+5)*2<|im_end|>")["correct"]
+
+
+def test_streaming_shows_forced_apart(run, tiny):
+    code, printed, _ = run("sample", "What?", "--model", tiny, "--max-new-tokens", 5)
+    assert code == 0 and printed.startswith("[<|im_start|>think\n]")
+    code, printed, _ = run("budget_force", "What?", "--model", tiny, "--budgets", 3, "--waits", 0)
+    assert code == 0 and "[\n<|im_start|>answer\nFinal Answer:]" in printed
+    assert "3 thinking tokens, 0 Wait, ended: cut" in printed
+
+
+def test_show_marks_what_is_supervised(run):
+    code, printed, _ = run("data", "show", "--n", 1)
+    assert code == 0 and "<|im_start|>assistant\n[<|im_start|>think\n" in printed and printed.endswith("\n]\n")
+    code, printed, _ = run("data", "show", "--n", 1, "--colour", "always")
+    assert "\033[32m<|im_start|>think" in printed
+
+
+# ---- Bad input ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command, complaint", [
+    ("train --data {tmp}/none.jsonl", "No such file"), ("train --data {tmp}/empty", "is empty"),
+    ("train --data {tmp}/torn", "line 2: no JSON"), ("train --data {tmp}/unanswered", "no answer"),
+    ("train --model {tmp}", "tokenizer.json"), ("train --n 0", "0 is less than 1"),
+    ("train --tokens-per-batch 9", "longer than 9"), ("train --out {tmp}/full", "--overwrite"),
+    ("train --n 99999", "not 99999"), ("train --nonsense", "unrecognized arguments"),
+    ("train --epochs 0", "argument --epochs"), ("train --epochs many", "invalid number"),
+    ("sample q --model {tmp}/none", "config.json"),
+    ("budget_force --model {tiny} --budgets -2 --n 4", "-2 is less than -1"),
+    ("budget_force --model {tiny} --waits -1 --n 4", "-1 is less than 0"),
+    ("budget_force --model {tiny} --n 99999", "not 99999"),
+    ("budget_force --model {tmp}/none --n 4 --base=", "config.json"),
+    ("budget_force {long} --model {tiny} --max-length 64", "does not fit"),
+    ("data show {tmp}/none.jsonl", "No such file"), ("data nothing", "invalid choice")])
+def test_bad_input_gets_one_line_and_exit_code_2(run, tiny, tmp_path, command, complaint):
+    (tmp_path / "empty").write_text("")
+    (tmp_path / "torn").write_text('{"question": "q", "thinking": "t", "answer": "a"}\n{"question": ')
+    (tmp_path / "unanswered").write_text('{"question": "q", "thinking": "t"}')
+    (tmp_path / "full").mkdir()
+    before = sorted(tmp_path.rglob("*")) + sorted(tiny.rglob("*"))
+    words = [word.format(tmp=tmp_path, tiny=tiny, long="word " * 200) for word in command.split()]
+    if words[0] == "train":
+        words[1:1] = ["--out", tmp_path / "out"] + ([] if "--model" in words else ["--model", tiny])
+    code, _, error = run(*words)
+    assert code == 2 and complaint in error
+    assert "Traceback" not in error
+    assert len([line for line in error.splitlines() if "error:" in line]) == 1
+    assert sorted(tmp_path.rglob("*")) + sorted(tiny.rglob("*")) == before
+
+
+def test_the_house_has_its_arrows():
+    """Five programs, and only the imports the design allows."""
+    allowed = {"model": set(), "data": set(), "train": {"model", "data"}, "sample": {"model", "data"},
+               "budget_force": {"model", "data", "sample"}}
+    assert {path.stem for path in ROOT.glob("*.py")} == set(allowed)
+    for name, arrows in allowed.items():
+        found = re.findall(r"^\s*(?:from|import) (\w+)", (ROOT / f"{name}.py").read_text(), re.M)
+        assert set(found) & set(allowed) <= arrows
