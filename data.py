@@ -264,12 +264,12 @@ def countdown_questions(part, n, seed):
 PATIENCE = 7                        # first steps of the search after which the teacher may give up
 
 
-def teacher(numbers, target, rng, give_up=0.7, hasty=0.05):
+def teacher(numbers, target, rng, give_up=0.7, hasty=0.15):
     """Think in text as people do, then answer: (thinking, answer), the answer not always right.
 
     The search goes in a fixed order and checks each try against the target. The teacher is
-    sometimes `hasty`: it takes a near miss for a hit, or passes over a hit. It may doubt a hit, look
-    again (a line with `Wait`) and, where it was hasty, take it back and go on. After PATIENCE of
+    sometimes `hasty` and takes a near miss for a hit; it rarely passes over a hit. It may doubt a
+    hit, look again (a line with `Wait`) and, where it was hasty, take it back and go on. After PATIENCE of
     its nine first steps, and again at the very end, it gives up with probability `give_up` and
     answers with its last try; else it goes on, with or without a `Wait`. So every case of what
     may follow a `Wait` is there to be learnt from.
@@ -294,15 +294,13 @@ def teacher(numbers, target, rng, give_up=0.7, hasty=0.05):
                 continue
             value, answer = left[0][0], left[0][1][1:-1]
             right = value == target
-            slip = rng.random() < hasty and abs(value - target) <= 3
-            lines.append(f"{line} {'ok' if right != slip else 'no'}")
-            if right == slip:
-                continue
-            while rng.random() < (0.25 if right else 0.75):
+            slip = rng.random() < (0.02 if right else hasty if abs(value - target) <= 3 else 0)
+            claimed = right != slip
+            lines.append(f"{line} {'ok' if claimed else 'no'}")
+            while claimed and rng.random() < (0.15 if right else 0.8):
                 lines.append(f"Wait, is {value} {target}? {'ok' if right else 'no'}")
-                if not right:
-                    break
-            else:
+                claimed = right
+            if claimed:
                 return "\n".join(lines), answer
         if again or rng.random() < give_up:
             return "\n".join(lines), answer
@@ -389,6 +387,18 @@ def piece_checking(rng):
     return lines
 
 
+def piece_comparing(rng):
+    """Bare values held against a target, as many hits as misses, many of them near."""
+    target = rng.randint(1, HIGHEST)
+    lines = [f"make {target}."]
+    for _ in range(rng.randint(5, 35)):
+        value = rng.choice((target, target, abs(target + rng.randint(-4, 4)),
+                            rng.randint(0, HIGHEST), rng.randint(0, PRODUCT)))
+        verdict = "ok" if value == target else "no"
+        lines.append(f"{value} {verdict}" if rng.random() < 0.7 else f"Wait, is {value} {target}? {verdict}")
+    return lines
+
+
 def piece_answering(rng):
     """A training question with its answer and no thinking: (question, None, answer)."""
     by_numbers, _ = all_tries()
@@ -398,7 +408,8 @@ def piece_answering(rng):
     return ask(numbers, target), None, answer
 
 
-PIECES = {piece_listing: 0.2, piece_writing: 0.1, piece_checking: 0.64, piece_answering: 0.06}
+PIECES = {piece_listing: 0.15, piece_writing: 0.08, piece_checking: 0.5, piece_comparing: 0.2,
+          piece_answering: 0.07}
 
 
 def countdown_pieces(n, seed):
@@ -538,7 +549,7 @@ def load_examples(data, chat, n=None, seed=0, give_up=0.7):
     """Training examples (ids, first supervised) of `countdown`, `pieces` or a file of traces."""
     if data == "pieces":
         return [(chat.example(*piece)[0], 1) if isinstance(piece, tuple)
-                else ([*chat.text(piece), chat.eos], 1) for piece in countdown_pieces(n or 180_000, seed)]
+                else ([*chat.text(piece), chat.eos], 1) for piece in countdown_pieces(n or 130_000, seed)]
     traces = countdown_traces(n or 1000, seed, give_up) if data == "countdown" else load_traces(data)
     return [chat.example(*trace) for trace in traces[:n]]
 
@@ -556,18 +567,17 @@ def escape(text):
 
 def make_tokenizer(directory):
     """Write the tiny base's tokenizer: Qwen's special tokens and byte-level BPE, but every number up
-    to 999 is one token, and the merges are learnt from the pieces. It can encode any text."""
+    to 999 is one token, and the merges are learnt from the task's words. It can encode any text."""
     isolate = tokenizers.pre_tokenizers.Split(tokenizers.Regex(
         r"\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated")
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     learner = tokenizers.Tokenizer(tokenizers.models.BPE())
     learner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([isolate, byte_level])
-    chats = [f"system\n{SYSTEM}", *(f"{role}\n" for role in ("user", "assistant", "think", "answer")),
-             f"{ask((1, 2), 3)}\nFinal Answer: 1"]
-    pieces = [piece if isinstance(piece, str) else piece[2] for piece in countdown_pieces(1000, 0)]
-    no_numbers = [re.sub(r"\d+", "", text) for text in chats * 1000 + pieces]
-    learner.train_from_iterator(no_numbers, tokenizers.trainers.BpeTrainer(
+    texts = [f"system\n{SYSTEM}", *(f"{role}\n" for role in ("user", "assistant", "think", "answer")),
+             ask((1, 2), 3), "Final Answer: (1)", "From 1, 2 and 3:\n", "make 1.\n1 ok\n1 no\n",
+             "Wait, is 1 2? ok\n"]
+    learner.train_from_iterator([re.sub(r"\d+", "", text) for text in texts] * 2, tokenizers.trainers.BpeTrainer(
         initial_alphabet=alphabet, min_frequency=2, show_progress=False))
     learnt = json.loads(learner.to_str())["model"]
     words = [*alphabet, *(str(n) for n in range(10, 1000)),
