@@ -14,7 +14,7 @@ import json
 import math
 import shutil
 import statistics
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -250,7 +250,7 @@ def arguments():
     add("question", nargs="?", help="ask only this, and watch it think: last of --budgets, first of --waits")
     add("--model", nargs="+", default=["out/student"], help="directories of students")
     add("--base", default="assets/countdown-base", help="directory to compare with, '' for none")
-    add("--budgets", type=at_least(-1), nargs="+", default=[0, 16, 32, 64, 96, 128, 192, -1],
+    add("--budgets", type=at_least(-1), nargs="+", default=[0, 16, 32, 64, 96, 128, -1],
         help="thinking tokens at most; -1 is no limit")
     add("--waits", type=at_least(0), nargs="+", default=[1, 2],
         help="how many ends of thinking become a Wait, where thinking has no limit; 0 for none")

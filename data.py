@@ -261,7 +261,7 @@ def countdown_questions(part, n, seed):
     return rows
 
 
-PATIENCE = 7                        # first steps of the search after which the teacher may give up
+PATIENCE = 8                        # first steps of the search after which the teacher may give up
 
 
 def teacher(numbers, target, rng, give_up=0.7, hasty=0.15):
@@ -290,14 +290,16 @@ def teacher(numbers, target, rng, give_up=0.7, hasty=0.15):
                 if steps == PATIENCE + 1 and gives_up():
                     return "\n".join(lines), answer
             if len(left) > 1:
-                lines.append(line)
+                lines += ["Wait", line] if lines and lines[-1] != "Wait" and rng.random() < 0.1 else [line]
                 continue
             value, answer = left[0][0], left[0][1][1:-1]
             right = value == target
             slip = rng.random() < (0.02 if right else hasty if abs(value - target) <= 3 else 0)
             claimed = right != slip
             lines.append(f"{line} {'ok' if claimed else 'no'}")
-            while claimed and rng.random() < (0.15 if right else 0.8):
+            if claimed:
+                lines.append(f"So {answer}")
+            while claimed and rng.random() < (0.35 if right else 0.8):
                 lines.append(f"Wait, is {value} {target}? {'ok' if right else 'no'}")
                 claimed = right
             if claimed:
@@ -355,13 +357,28 @@ def piece_listing(rng):
     return lines
 
 
-def piece_writing(rng):
-    """Two lines of arithmetic as one expression."""
-    by_numbers, _ = all_tries()
+def piece_sums(rng):
+    """Lines of arithmetic over all that two numbers can come to."""
     lines = []
-    for _ in range(rng.randint(1, 8)):
-        line, tries = some_tries(rng, by_numbers[rng.choice(list(by_numbers))])
-        lines += [line, tries[-1][0], f"Answer: {tries[-1][2]}"]
+    for _ in range(rng.randint(10, 35)):
+        a, b = rng.randint(0, LARGEST * LARGEST), rng.randint(1, LARGEST)
+        op = rng.choice("+-*" if a * b <= PRODUCT else "+-")
+        lines.append(join((a, ""), (b, ""), op)[0])
+    return lines
+
+
+def piece_writing(rng):
+    """A hit as one expression, and that expression again behind what comes between."""
+    _, by_value = all_tries()
+    lines = []
+    for _ in range(rng.randint(1, 4)):
+        target = rng.choice(list(by_value))
+        line, tries = some_tries(rng, by_value[target])
+        hit, _, expression = next((t for t in tries if t[1] == target), tries[-1])
+        value = int(hit.split("=")[1])
+        misses = [f"{second} no" for second, other, _ in tries if other != value]
+        lines += [f"make {value}.", line, *misses, f"{hit} ok", f"So {expression}",
+                  *[f"Wait, is {value} {value}? ok"] * rng.randint(0, 2), f"Answer: {expression}"]
     return lines
 
 
@@ -405,11 +422,13 @@ def piece_answering(rng):
     numbers = rng.choice(list(by_numbers))
     _, tries = some_tries(rng, by_numbers[numbers])
     _, target, answer = tries[0]
+    if not 1 <= target <= HIGHEST:
+        return piece_answering(rng)
     return ask(numbers, target), None, answer
 
 
-PIECES = {piece_listing: 0.15, piece_writing: 0.08, piece_checking: 0.5, piece_comparing: 0.2,
-          piece_answering: 0.07}
+PIECES = {piece_sums: 0.2, piece_listing: 0.12, piece_writing: 0.12, piece_checking: 0.36,
+          piece_comparing: 0.13, piece_answering: 0.07}
 
 
 def countdown_pieces(n, seed):
@@ -549,7 +568,7 @@ def load_examples(data, chat, n=None, seed=0, give_up=0.7):
     """Training examples (ids, first supervised) of `countdown`, `pieces` or a file of traces."""
     if data == "pieces":
         return [(chat.example(*piece)[0], 1) if isinstance(piece, tuple)
-                else ([*chat.text(piece), chat.eos], 1) for piece in countdown_pieces(n or 130_000, seed)]
+                else ([*chat.text(piece), chat.eos], 1) for piece in countdown_pieces(n or 125_000, seed)]
     traces = countdown_traces(n or 1000, seed, give_up) if data == "countdown" else load_traces(data)
     return [chat.example(*trace) for trace in traces[:n]]
 

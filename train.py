@@ -26,7 +26,7 @@ def arguments():
     add("--model", default="assets/countdown-base", help="directory of the model to start from")
     add("--scratch", action="store_true", help="start from random weights: take config and tokenizer only")
     add("--data", default="countdown", help="countdown, pieces (pre-training) or a file of traces")
-    add("--n", type=at_least(1), help="how many examples (default: countdown 1000, pieces 130000, a file all)")
+    add("--n", type=at_least(1), help="how many examples (default: countdown 1000, pieces 125000, a file all)")
     add("--give-up", type=float, default=0.7, help="how likely Countdown's teacher gives up when tired")
     add("--out", default="out/student", help="directory to write the result to")
     add("--overwrite", action="store_true", help="replace what is in --out")
