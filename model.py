@@ -61,10 +61,12 @@ class Config:
             raise BadModel(f"{directory} is no model: there is no config.json in it") from None
         except ValueError as error:
             raise BadModel(f"{path} is no JSON: {error}") from None
+        if not isinstance(raw, dict):
+            raise BadModel(f"{path} holds no object")
         for key, known in (("model_type", "qwen2"), ("hidden_act", "silu")):
             if raw.get(key) != known:
                 raise BadModel(f"{path}: {key} {raw.get(key)!r} is not known here (known: {known})")
-        for key in ("use_sliding_window", "rope_scaling", "quantization_config"):
+        for key in ("use_sliding_window", "rope_scaling", "rope_parameters", "quantization_config"):
             if raw.get(key):
                 raise BadModel(f"{path}: {key} is not supported")
         known = {f.name for f in fields(cls)} - {"rest"}
@@ -158,8 +160,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)     # (B, K, T, D)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cached is not None:
-            cache, layer, mask = cached
-            k, v = cache.update(layer, k, v)                                 # (B, K, L, D)
+            cache, layer, places, mask = cached
+            k, v = cache.update(layer, k, v, places, mask.shape[-1])         # (B, K, L, D)
             y = attend_cached(q, k, v, mask)
         else:
             y = attend_packed(q, k, v, lengths)
@@ -201,35 +203,37 @@ class KVCache:
     same memory, for a prefill. Setting filled[b] = 0 frees the row; nothing is erased.
     """
 
-    def __init__(self, config, slots, length, dtype=torch.float32, device="cpu"):
+    def __init__(self, k, v, filled, first=0):
+        self.k, self.v = k, v                   # (layers, slots, K, length, D)
+        self.filled, self.first = filled, first     # of all rows; where this cache's rows begin
+
+    @classmethod
+    def empty(cls, config, slots, length, dtype=torch.float32, device="cpu"):
         shape = (config.num_hidden_layers, slots, config.num_key_value_heads, length, config.head_dim)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
-        self.filled = [0] * slots
-        self.first = 0
+        return cls(*(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"), [0] * slots)
 
     def slot(self, b):
         """Row b as a cache of one slot that writes through to this one."""
-        one = object.__new__(KVCache)
-        one.k, one.v, one.filled, one.first = self.k[:, b:b + 1], self.v[:, b:b + 1], self.filled, b
-        return one
+        return KVCache(self.k[:, b:b + 1], self.v[:, b:b + 1], self.filled, b)
 
     def places(self, T):
-        """Where the next T tokens of each row go: (B, T). Too many for the cache: IndexError."""
-        filled = torch.tensor(self.filled[self.first:self.first + self.k.shape[1]])
-        places = filled[:, None] + torch.arange(T)
-        if places.max() >= self.k.shape[3]:
-            raise IndexError(f"the cache has {self.k.shape[3]} places a row, not {places.max() + 1}")
-        self.end = int(places.max()) + 1
-        self.next = places.to(self.k.device)
-        return self.next
+        """Where the next T tokens of each row go: (B, T). IndexError where they do not fit."""
+        filled = self.filled[self.first:self.first + self.k.shape[1]]
+        if self.end + T > self.k.shape[3]:
+            raise IndexError(f"the cache has {self.k.shape[3]} places a row, not {self.end + T}")
+        return (torch.tensor(filled)[:, None] + torch.arange(T)).to(self.k.device)
 
-    def update(self, layer, k, v):
-        """Put k and v (B, K, T, D) at `places`; return all places filled so far: (B, K, L, D)."""
+    def update(self, layer, k, v, places, end):
+        """Put k and v (B, K, T, D) at `places`; the keys and values of all places up to `end`."""
         rows = torch.arange(k.shape[0], device=k.device)[:, None]
-        self.k[layer, rows, :, self.next] = k.transpose(1, 2).to(self.k.dtype)
-        self.v[layer, rows, :, self.next] = v.transpose(1, 2).to(self.v.dtype)
-        return self.k[layer, :, :, :self.end], self.v[layer, :, :, :self.end]
+        self.k[layer, rows, :, places] = k.transpose(1, 2).to(self.k.dtype)
+        self.v[layer, rows, :, places] = v.transpose(1, 2).to(self.v.dtype)
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]      # (B, K, L, D)
+
+    @property
+    def end(self):
+        """How many places the fullest row has filled."""
+        return max(self.filled[self.first:self.first + self.k.shape[1]])
 
     def advance(self, T):
         for b in range(self.first, self.first + self.k.shape[1]):
@@ -289,7 +293,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
     def backward(ctx, grad_loss):
         grad_hidden, grad_weight = ctx.saved_tensors
         if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_loss.to(grad_hidden.dtype)
+            grad_hidden = grad_hidden * grad_loss       # 0-dim: the dtype stays, 1/N unrounded
         if grad_weight is not None:
             grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
         return grad_hidden, grad_weight, None, None
@@ -322,16 +326,16 @@ class Transformer(nn.Module):
         supervised tokens), N a plain int. Targets that lie on the CPU cost no synchronisation.
         """
         B, T = ids.shape
-        cached = mask = None
         if cache is not None:
             positions = cache.places(T)                                      # (B, T)
-            mask = torch.arange(cache.end, device=ids.device) <= positions[:, None, :, None]
+            places = torch.arange(cache.end + T, device=ids.device)  # (L,), of all rows
+            mask = places <= positions[:, None, :, None]                     # (B, 1, T, L)
         elif positions is None:
             positions = torch.arange(T, device=ids.device).expand(B, T)
         rope = rotary(positions, self.config)
         x = self.model.embed_tokens(ids)                                     # (B, T, C)
-        for number, block in enumerate(self.model.layers):
-            cached = (cache, number, mask) if cache is not None else None
+        for layer, block in enumerate(self.model.layers):
+            cached = (cache, layer, positions, mask) if cache is not None else None
             x = block(x, rope, lengths or [T], cached)
         x = self.model.norm(x)
         if cache is not None:

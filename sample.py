@@ -49,7 +49,7 @@ class Sampler:
         self.model, self.slots, self.max_length = model.eval(), slots, max_length
         weight = model.model.embed_tokens.weight
         self.device = weight.device
-        self.cache = KVCache(model.config, slots, max_length, weight.dtype, weight.device)
+        self.cache = KVCache.empty(model.config, slots, max_length, weight.dtype, weight.device)
         self.computed = 0                           # tokens that went through the model
 
     def generate(self, prompts, steer=None, max_new_tokens=None, temperature=0.0, seed=0, stops=()):
@@ -146,21 +146,29 @@ def stream(sampler, chat, prompt, shown, steer=None, colour=None, **options):
     colour = sys.stdout.isatty() if colour is None else colour
     before, after = ("\033[2;33m", "\033[0m") if colour else ("[", "]")
 
-    def write(tokens, forced):
-        text = escape(chat.decode(tokens))
-        print(f"{before}{text}{after}" if forced else text, end="", flush=True)
+    pending = []                                    # a character may take several tokens
+
+    def write(tokens, forced, last=False):
+        pending.extend(tokens)
+        text = chat.decode(pending)
+        if text.endswith("\ufffd") and not last:
+            return
+        pending.clear()
+        text = escape(text)
+        print(f"{before}{text}{after}" if forced and text else text, end="", flush=True)
 
     def watch(row, token):
         instead = steer(row, token) if steer else [token]
         sampled = instead[:1] == [token]
         if sampled:
-            write([token], False)
+            write([token], False, last=len(instead) > 1)
         if instead[sampled:]:
-            write(instead[sampled:], True)
+            write([], False, last=True)
+            write(instead[sampled:], True, last=True)
         return instead
 
     if shown:
-        write(prompt[-shown:], True)
+        write(prompt[-shown:], True, last=True)
     row, = sampler.generate([prompt], steer=watch, **options)
     print()
     return row

@@ -1,16 +1,19 @@
 """The transformer against plain versions of itself, written again here in float64 loops."""
 import json
+import math
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 from conftest import tiny_config, tiny_model
 
-from model import BadModel, Config, FusedLinearCrossEntropy, KVCache, Transformer
+from model import BadModel, Config, FusedLinearCrossEntropy, KVCache, Transformer, rotary
 
 
-def plain_forward(state, config, ids):
+def plain_forward(state, config, ids, positions=None):
     """An independent Qwen2 in float64: one document (T,) of ids, loops over heads and tokens."""
+    positions = positions or range(len(ids))
     w = {name: tensor.double() for name, tensor in state.items()}
     D, groups = config.head_dim, config.num_attention_heads // config.num_key_value_heads
 
@@ -37,8 +40,8 @@ def plain_forward(state, config, ids):
             heads = []
             for head in range(config.num_attention_heads):
                 mine = slice(head // groups * D, (head // groups + 1) * D)
-                query = turn(q[t, head * D:(head + 1) * D], t)
-                scores = torch.stack([query @ turn(k[s, mine], s) for s in range(t + 1)]) / D ** 0.5
+                query = turn(q[t, head * D:(head + 1) * D], positions[t])
+                scores = torch.stack([query @ turn(k[s, mine], positions[s]) for s in range(t + 1)]) / D ** 0.5
                 heads.append(scores.softmax(0) @ v[:t + 1, mine])
             rows.append(torch.cat(heads))
         x = x + F.linear(torch.stack(rows), w[p + "self_attn.o_proj.weight"])
@@ -57,8 +60,26 @@ def test_forward_is_qwen2(tied):
     torch.testing.assert_close(model(ids[None])[0].double(), expected, atol=1e-4, rtol=0)
 
 
+def test_positions_are_the_callers():
+    """Gaps between positions count; equal steps from another start would not show (rotary is relative)."""
+    model, positions = tiny_model(), [0, 1, 5, 9, 10, 30]
+    ids = torch.tensor([3, 1, 4, 1, 5, 9])
+    expected = plain_forward(model.state_dict(), model.config, ids, positions)
+    got = model(ids[None], positions=torch.tensor([positions]))[0]
+    torch.testing.assert_close(got.double(), expected, atol=1e-4, rtol=0)
+
+
+def test_angles_are_float32_under_autocast():
+    """bf16 has no place for position 30,000: neighbours there would get the same angle."""
+    with torch.autocast("cpu", torch.bfloat16):
+        cos, sin = rotary(torch.tensor([[30000, 30001]]), tiny_config())
+    assert cos.dtype == sin.dtype == torch.float32
+    assert cos[0, 0, 0, 0].item() == pytest.approx(math.cos(30000), abs=1e-3)
+    assert sin[0, 0, 1, 0].item() == pytest.approx(math.sin(30001), abs=1e-3)
+
+
 def test_packed_documents_are_alone():
-    """A packed row gives what its documents give alone; so no neighbour and positions from 0."""
+    """A packed row gives what its documents give alone: no document sees its neighbour."""
     model = tiny_model()
     docs = [torch.randint(0, 64, (1, n)) for n in (5, 1, 9)]
     packed = model(torch.cat(docs, 1), lengths=[5, 1, 9],
@@ -71,7 +92,7 @@ def test_ragged_cache_is_the_whole_forward():
     """Prefill of rows of different lengths, then decoding them together, is the uncached forward."""
     model = tiny_model().eval()
     rows = [torch.randint(0, 64, (n,)).tolist() for n in (9, 4, 6)]
-    cache = KVCache(model.config, slots=3, length=16)
+    cache = KVCache.empty(model.config, slots=3, length=16)
     with torch.no_grad():
         for slot, row in enumerate(rows):
             got = model(torch.tensor([row[:-3]]), cache=cache.slot(slot))[0, -1]
@@ -87,7 +108,7 @@ def test_ragged_cache_is_the_whole_forward():
 def test_cache_refuses_what_does_not_fit():
     model = tiny_model()
     with pytest.raises(IndexError, match="4 places"):
-        model(torch.zeros(1, 5, dtype=torch.long), cache=KVCache(model.config, 1, 4))
+        model(torch.zeros(1, 5, dtype=torch.long), cache=KVCache.empty(model.config, 1, 4))
 
 
 def plain_loss(hidden, weight, targets):
@@ -107,6 +128,25 @@ def test_fused_loss_and_gradients(rows_in_chunk):
     torch.testing.assert_close(loss, expected, atol=1e-5, rtol=1e-5)
     for a, b in zip(ours, plain):
         torch.testing.assert_close(a.grad, b.grad, atol=1e-5, rtol=0)
+
+
+def test_the_loss_never_holds_the_whole_logits():
+    """The largest tensor made is a chunk of the supervised rows, forward and backward."""
+    largest = 0
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            nonlocal largest
+            out = function(*args, **(kwargs or {}))
+            for tensor in out if isinstance(out, (tuple, list)) else [out]:
+                if isinstance(tensor, torch.Tensor) and tensor.dim() == 2:
+                    largest = max(largest, tensor.numel())
+            return out
+
+    hidden, weight = torch.randn(500, 4, requires_grad=True), torch.randn(300, 4, requires_grad=True)
+    with Watch():
+        FusedLinearCrossEntropy.apply(hidden, weight, torch.zeros(500, dtype=torch.long), 7 * 4 * 300).backward()
+    assert largest == 7 * 300
 
 
 def test_loss_counts_only_the_supervised():
@@ -158,7 +198,7 @@ def test_save_and_load_are_the_same_model(tmp_path):
 
 @pytest.mark.parametrize("change, complaint", [
     ({"model_type": "gpt2"}, "gpt2"), ({"hidden_act": "relu"}, "relu"),
-    ({"use_sliding_window": True}, "sliding"), ({"rope_scaling": {"type": "yarn"}}, "rope"),
+    ({"use_sliding_window": True}, "sliding"), ({"rope_parameters": {"rope_type": "yarn"}}, "rope"), ({"rope_scaling": {"type": "yarn"}}, "rope"),
     ({"quantization_config": {"bits": 4}}, "quantization"), ({"intermediate_size": 9}, "size mismatch"),
     ({"num_hidden_layers": 3}, "Missing key"), ({"num_hidden_layers": 1}, "Unexpected key")])
 def test_refusals_by_name(tmp_path, change, complaint):
