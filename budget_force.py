@@ -33,7 +33,8 @@ class Thought:
     tokens: int = 0                     # of thinking so far: sampled ones, and every appended `Wait`
     waits: int = 0                      # how often it was made to go on
     ended: str | None = None            # "natural", "cut" (budget), "context" (no room left)
-    begin: int | None = None            # where the answer begins in row.tokens
+    answer: int | None = None           # where the answer begins in row.tokens
+    begin: int | None = None            # where what is sampled of it begins
 
 
 @dataclass
@@ -66,8 +67,8 @@ class Budget:
     @classmethod
     def of(cls, chat, max_thinking=-1, waits=0, wait="Wait", final="Final Answer:", **others):
         """The budget with a chat's own delimiters."""
-        if max_thinking < -1 or waits < 0:
-            raise BadInput("a budget is at least -1 (no limit), a number of waits at least 0")
+        if max_thinking < -1 or waits < 0 or not wait:
+            raise BadInput("a budget is at least -1 (no limit), waits at least 0 and never empty")
         vocabulary = range(chat.tokenizer.get_vocab_size())
         line_ends = (i for i, text in zip(vocabulary, chat.tokenizer.decode_batch(
             [[i] for i in vocabulary], skip_special_tokens=False)) if text.endswith("\n"))
@@ -90,27 +91,33 @@ class Budget:
                 thought.tokens += len(self.wait)
                 row.banned = self.ends          # the very next token may not want to end again
                 return self.wait
-            return self.finish(row, "natural", self.close)
+            return self.finish(row, "natural", self.close, [])
         if left <= 0:
             last = row.tokens[-1] if row.tokens else row.prompt[-1]
             newline = [] if last in self.line_ends else self.newline
-            return self.finish(row, why, newline + self.close + self.final)
+            return self.finish(row, why, newline + self.close, self.final)
         thought.tokens += 1
         return [token]
+
+    @property
+    def closing(self):
+        """Tokens that must be left in a row when thinking ends: the delimiter and the answer."""
+        return len(self.newline + self.close + self.final) + self.max_answer + 1
 
     def left(self, row):
         """How many tokens of thinking are left, and what it is that ends them."""
         budget = math.inf if self.max_thinking < 0 else self.max_thinking - row.memory.tokens
         if self.room is None:
             return budget, "cut"
-        closing = len(self.newline + self.close + self.final) + self.max_answer + 1
-        context = self.room - len(row.prompt) - len(row.tokens) - closing
-        return min((budget, "cut"), (context, "context"))
+        context = self.room - len(row.prompt) - len(row.tokens) - self.closing
+        return (budget, "cut") if budget <= context else (context, "context")
 
-    def finish(self, row, why, tokens):
-        row.memory.ended = why
-        row.memory.begin = len(row.tokens) + len(tokens)
-        return tokens
+    def finish(self, row, why, close, final):
+        thought = row.memory
+        thought.ended = why
+        thought.answer = len(row.tokens) + len(close)
+        thought.begin = thought.answer + len(final)
+        return close + final
 
 
 # ---- Evaluation -----------------------------------------------------------------------------
@@ -123,21 +130,29 @@ def evaluate(sampler, chat, questions, budget, max_answer=32, seed=0, temperatur
     """
     thinking = budget is not None
     prompts = [chat.prompt(question["question"], thinking) for question in questions]
+    refuse_too_long(prompts, sampler.max_length, budget.closing if thinking else max_answer)
     rows = [None] * len(prompts)
     answers = sampler.generate(prompts, steer=budget, seed=seed, stops=chat.stops, temperature=temperature,
                                max_new_tokens=None if thinking else max_answer)
     for row in tqdm(answers, desc=name, total=len(prompts), unit="row", leave=False, disable=None,
                     dynamic_ncols=True):
-        thought = row.memory or Thought(ended="none", begin=0)
-        begin = thought.begin - len(budget.final) if thought.ended in ("cut", "context") else thought.begin
+        thought = row.memory or Thought(ended="none", answer=0)
         end = len(row.tokens) - (row.finish == "stop")
-        answer = chat.decode(row.tokens[begin:end])
+        answer = chat.decode(row.tokens[thought.answer:end])
         rows[row.index] = {
             **questions[row.index], "text": chat.decode(row.tokens), "found": extract(answer),
             "correct": grade(answer, questions[row.index]["answer"]), "thinking_tokens": thought.tokens,
             "waits": thought.waits, "ended": thought.ended, "finish": row.finish,
             "forced": [i for i, forced in enumerate(row.forced) if forced]}
     return rows
+
+
+def refuse_too_long(prompts, length, closing):
+    """BadInput where a prompt leaves no room for an answer."""
+    longest = max(map(len, prompts))
+    if longest + closing > length:
+        raise BadInput(f"a question of {longest} tokens and its answer of {closing} do not fit "
+                       f"into {length} (--max-length)")
 
 
 def measure(rows, **what):
@@ -165,17 +180,19 @@ def gain(rows, others, z=1.96):
 def summarise(runs):
     """Control, Scaling and Performance (s1, section 3.2) of one model's runs over budgets.
 
-    Control: share of the runs that kept their budget. Scaling: mean over pairs of runs of the
-    points gained per doubling of the thinking (axis log2(tokens), so runs that thought at all).
+    Control: share of the runs with a budget that kept it. Scaling: mean over pairs of runs of the
+    points gained per doubling of the thinking, so over runs that thought at all; pairs less than a
+    tenth of a doubling apart are left out, for they would divide noise by nothing.
     """
-    forced = [run for run in runs if run["method"] == "budget"]
-    kept = [run for run in forced if run["max_thinking"] < 0 or run["thinking_tokens"] <= run["max_thinking"]]
+    asked = [run for run in runs if run["method"] == "budget"]
+    bound = [run for run in asked if run["max_thinking"] >= 0]
+    kept = [run for run in bound if run["thinking_tokens"] <= run["max_thinking"]]
     points = sorted((math.log2(run["thinking_tokens"]), 100 * run["accuracy"])
-                    for run in forced if not run["waits"] and run["thinking_tokens"] >= 1)
-    slopes = [(g - f) / (b - a) for i, (a, f) in enumerate(points) for b, g in points[i + 1:] if b > a]
-    return {"control": 100 * len(kept) / len(forced) if forced else None,
+                    for run in asked if not run["waits"] and run["thinking_tokens"] >= 1)
+    slopes = [(g - f) / (b - a) for (a, f), (b, g) in itertools.combinations(points, 2) if b - a > 0.1]
+    return {"control": 100 * len(kept) / len(bound) if bound else None,
             "scaling_points_per_doubling": statistics.fmean(slopes) if slopes else None,
-            "performance": max((100 * run["accuracy"] for run in runs), default=None)}
+            "performance": max((100 * run["accuracy"] for run in asked), default=None)}
 
 
 # ---- The report -----------------------------------------------------------------------------
@@ -241,27 +258,29 @@ def draw(runs, path):
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
-    print(f"drew {path}")
 
 
 def arguments():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("question", nargs="?", help="ask only this, and watch it think: last of --budgets, first of --waits")
+    add("question", nargs="?",
+        help="ask only this, and watch it think: last of --budgets, first of --waits")
     add("--model", nargs="+", default=["out/student"], help="directories of students")
     add("--base", default="assets/countdown-base", help="directory to compare with, '' for none")
     add("--budgets", type=at_least(-1), nargs="+", default=[0, 16, 32, 64, 96, 128, -1],
         help="thinking tokens at most; -1 is no limit")
     add("--waits", type=at_least(0), nargs="+", default=[1, 2],
-        help="how many ends of thinking become a Wait, where thinking has no limit; 0 for none")
+        help="how many ends of thinking become a Wait, thinking unlimited; 0 for none")
     add("--wait", default="Wait", help="what is appended where thinking wanted to end")
     add("--max-answer", type=at_least(1), default=32, help="tokens of the answer")
-    add("--part", choices=("test", "tune"), default="test", help="the held-out questions, or those to tune on")
+    add("--part", choices=("test", "tune"), default="test",
+        help="the held-out questions, or those to tune on")
     add("--n", type=at_least(1), default=500, help="how many questions")
     add("--seed", type=int, default=0, help="of the choice of questions, and of the draws")
-    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    add("--temperature", type=at_least(0, float), default=0.0, help="0 takes the likeliest token")
     add("--slots", type=at_least(1), default=64, help="rows side by side")
-    add("--max-length", type=at_least(1), default=768, help="tokens of a row with its prompt, which bounds 'no limit'")
+    add("--max-length", type=at_least(1), default=768,
+        help="tokens of a row with its prompt, which bounds 'no limit'")
     add("--overwrite", action="store_true", help="replace an evaluation that is there")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
     return parser.parse_args()
@@ -278,7 +297,9 @@ def ask(args):
     length = min(args.max_length, model.config.max_position_embeddings)
     budget = Budget.of(chat, args.budgets[-1], args.waits[0], args.wait,
                        max_answer=args.max_answer, room=length)
-    row = stream(Sampler(model, 1, length), chat, chat.prompt(args.question), len(chat.think), budget,
+    prompt = chat.prompt(args.question)
+    refuse_too_long([prompt], length, budget.closing)
+    row = stream(Sampler(model, 1, length), chat, prompt, len(chat.think), budget,
                  stops=chat.stops, seed=args.seed, temperature=args.temperature)
     print(f"({row.memory.tokens} thinking tokens, {row.memory.waits} Wait, ended: {row.memory.ended})")
 
@@ -289,20 +310,16 @@ def compare(args):
     for directory in args.model:
         if Path(directory, "eval").exists() and not args.overwrite:
             raise BadInput(f"{directory}/eval already holds an evaluation: --overwrite it")
+    for directory in filter(None, [args.base, *args.model]):
+        load(directory, args.device)            # complain about the last one now, not after the first
     questions = countdown_questions(args.part, args.n, args.seed)
     print(f"{args.n} questions to {args.part}, seed {args.seed}\n\n{HEADER}", flush=True)
-    base = examine(args.base, questions, settings, args) if args.base else []
+    base = examine(args.base, questions, [(None, 0), *settings], args) if args.base else []
     students = []
     for directory in args.model:
         student = examine(directory, questions, settings, args)
         summary = summarise([run for run, _ in student])
-        print(f"\n{Path(directory).name}: " + ", ".join(
-            f"{name} {value:.1f}" for name, value in summary.items() if value is not None))
-        by_waits = {run["waits"]: rows for run, rows in student
-                    if run["method"] == "budget" and run["max_thinking"] < 0}
-        for fewer, more in itertools.pairwise(sorted(by_waits)):
-            print("{} Wait over {}: {:+.1f} points [{:+.1f}, {:+.1f}], paired".format(
-                more, fewer, *gain(by_waits[more], by_waits[fewer])))
+        report(Path(directory).name, student, summary)
         write(Path(directory, "eval"), base + student, summary)
         students.append([run for run, _ in student])
         print(flush=True)
@@ -310,12 +327,24 @@ def compare(args):
         side_by_side(students)
 
 
+def report(name, results, summary):
+    """The measures, and what each further Wait gained on the same questions."""
+    print(f"\n{name}: " + ", ".join(f"{key.replace('_', ' ')} {value:.1f}"
+                                    for key, value in summary.items() if value is not None))
+    unlimited = {run["waits"]: rows for run, rows in results
+                 if run["method"] == "budget" and run["max_thinking"] < 0}
+    for fewer, more in itertools.pairwise(sorted(unlimited)):
+        print("{} Wait over {}: {:+.1f} points [{:+.1f}, {:+.1f}], paired".format(
+            more, fewer, *gain(unlimited[more], unlimited[fewer])))
+
+
 def examine(directory, questions, settings, args):
-    """All runs of one model, each printed as it is done: [(run, its rows)]."""
+    """All runs of one model, each printed as it is done: [(run, its rows)]. A budget None is an
+    answer without thinking, which only a base can give: a student opens the thinking by itself."""
     model, chat = load(directory, args.device)
     sampler = Sampler(model, args.slots, min(args.max_length, model.config.max_position_embeddings))
     results = []
-    for max_thinking, waits in [(None, 0), *settings]:
+    for max_thinking, waits in settings:
         budget = None if max_thinking is None else Budget.of(
             chat, max_thinking, waits, args.wait, max_answer=args.max_answer, room=sampler.max_length)
         what = {"model": Path(directory).name, "method": "budget" if budget else "direct",

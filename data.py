@@ -16,6 +16,7 @@ import contextlib
 import functools
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -35,18 +36,18 @@ class BadInput(ValueError):
 
 @contextlib.contextmanager
 def complaints(*kinds):
-    """Turn BadInput (and `kinds`) into one line on standard error and exit code 2; Ctrl-C into 130."""
+    """Turn BadInput, OSError and `kinds` into one line on standard error and exit code 2; Ctrl-C into 130."""
     try:
         yield
-    except (BadInput, *kinds) as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
     except BrokenPipeError:                     # `... | head` closed the pipe: not our trouble
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
+    except (BadInput, OSError, *kinds) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
@@ -66,13 +67,12 @@ class Parser(argparse.ArgumentParser):
         sys.exit(2)
 
 
-def at_least(lowest):
-    """The type of a flag that takes a whole number from `lowest` on."""
+def at_least(lowest, kind=int, highest=math.inf):
+    """The type of a flag that takes a number from `lowest` to `highest`."""
     def number(text):
-        if int(text) < lowest:
-            raise argparse.ArgumentTypeError(f"{text} is less than {lowest}")
-        return int(text)
-    number.__name__ = "number"
+        if not lowest <= kind(text) <= highest:
+            raise argparse.ArgumentTypeError(f"{text} is less than {lowest} or more than {highest}")
+        return kind(text)
     return number
 
 
@@ -244,8 +244,7 @@ def ask(numbers, target):
 
 
 def countdown_questions(part, n, seed):
-    """n different questions of one part: rows of question, answer = {numbers, target}."""
-    rng = random.Random(f"{part} questions {seed}")
+    """The first n of one part's questions in the order of `seed`: rows of question and answer."""
     keys = [(numbers, target)
             for numbers in itertools.combinations_with_replacement(range(1, LARGEST + 1), 3)
             if numbers[0] * numbers[1] * numbers[2] <= PRODUCT
@@ -253,26 +252,26 @@ def countdown_questions(part, n, seed):
             if 1 <= target <= HIGHEST and split(numbers, target) == part]
     if n > len(keys):
         raise BadInput(f"there are {len(keys)} different {part} questions of Countdown, not {n}")
-    rows = []
-    for numbers, target in rng.sample(keys, n):
-        numbers = rng.sample(numbers, len(numbers))
-        rows.append({"question": ask(numbers, target),
-                     "answer": {"numbers": numbers, "target": target}})
-    return rows
+    rng = random.Random(f"{part} questions {seed}")
+    rng.shuffle(keys)
+    shown = [(rng.sample(numbers, len(numbers)), target) for numbers, target in keys]
+    return [{"question": ask(numbers, target), "answer": {"numbers": numbers, "target": target}}
+            for numbers, target in shown[:n]]
 
 
+GIVE_UP = 0.7                       # how likely the teacher gives up when it is tired
 PATIENCE = 8                        # first steps of the search after which the teacher may give up
 
 
-def teacher(numbers, target, rng, give_up=0.7, hasty=0.15):
+def teacher(numbers, target, rng, give_up=GIVE_UP, hasty=0.15, doubt=0.35):
     """Think in text as people do, then answer: (thinking, answer), the answer not always right.
 
     The search goes in a fixed order and checks each try against the target. The teacher is
-    sometimes `hasty` and takes a near miss for a hit; it rarely passes over a hit. It may doubt a
-    hit, look again (a line with `Wait`) and, where it was hasty, take it back and go on. After PATIENCE of
-    its nine first steps, and again at the very end, it gives up with probability `give_up` and
-    answers with its last try; else it goes on, with or without a `Wait`. So every case of what
-    may follow a `Wait` is there to be learnt from.
+    sometimes `hasty` and takes a near miss for a hit; it rarely passes over a hit. It may `doubt` a
+    hit, look again (a line with `Wait`) and, where it was hasty, take it back and go on. Now and
+    then it pauses with a `Wait` between two steps. After PATIENCE of its nine first steps, and
+    again at the very end, it gives up with probability `give_up` and answers with its last try;
+    else it goes on, with or without a `Wait`. So every case of what may follow a `Wait` is there.
     """
     lines, steps, answer = [], 0, None
 
@@ -299,7 +298,7 @@ def teacher(numbers, target, rng, give_up=0.7, hasty=0.15):
             lines.append(f"{line} {'ok' if claimed else 'no'}")
             if claimed:
                 lines.append(f"So {answer}")
-            while claimed and rng.random() < (0.35 if right else 0.8):
+            while claimed and rng.random() < (doubt if right else 0.8):
                 lines.append(f"Wait, is {value} {target}? {'ok' if right else 'no'}")
                 claimed = right
             if claimed:
@@ -309,11 +308,11 @@ def teacher(numbers, target, rng, give_up=0.7, hasty=0.15):
         lines.append("Wait")
 
 
-def countdown_traces(n, seed, give_up=0.7):
-    """n traces of the teacher: (question, thinking, answer) strings."""
-    rng = random.Random(f"teacher {seed}")
-    rows = countdown_questions("train", n, seed)
-    return [(row["question"], *teacher(**row["answer"], rng=rng, give_up=give_up)) for row in rows]
+def countdown_traces(n, seed, give_up=GIVE_UP):
+    """n traces of the teacher: (question, thinking, answer) strings; the first n of any more."""
+    return [(row["question"], *teacher(**row["answer"], give_up=give_up,
+                                       rng=random.Random(f"teacher {seed} {row['question']}")))
+            for row in countdown_questions("train", n, seed)]
 
 
 # The pieces of pre-training: what a base has before it sees one trace. No piece shows a question
@@ -412,7 +411,8 @@ def piece_comparing(rng):
         value = rng.choice((target, target, abs(target + rng.randint(-4, 4)),
                             rng.randint(0, HIGHEST), rng.randint(0, PRODUCT)))
         verdict = "ok" if value == target else "no"
-        lines.append(f"{value} {verdict}" if rng.random() < 0.7 else f"Wait, is {value} {target}? {verdict}")
+        lines.append(f"{value} {verdict}" if rng.random() < 0.7 else
+                     f"Wait, is {value} {target}? {verdict}")
     return lines
 
 
@@ -564,7 +564,7 @@ def epoch_batches(examples, batch_size, seed, epoch):
 # ---- Commands -------------------------------------------------------------------------------
 
 
-def load_examples(data, chat, n=None, seed=0, give_up=0.7):
+def load_examples(data, chat, n=None, seed=0, give_up=GIVE_UP):
     """Training examples (ids, first supervised) of `countdown`, `pieces` or a file of traces."""
     if data == "pieces":
         return [(chat.example(*piece)[0], 1) if isinstance(piece, tuple)
@@ -619,7 +619,8 @@ def main():
     commands = parser.add_subparsers(dest="command", required=True)
 
     shows = commands.add_parser("show", help="print training examples as the model sees them, supervised part in colour")
-    shows.add_argument("data", nargs="?", default="countdown", help="countdown, pieces or a file of traces")
+    shows.add_argument("data", nargs="?", default="countdown",
+                       help="countdown, pieces or a file of traces")
     shows.add_argument("--model", default="assets/countdown-base", help="directory with the tokenizer")
     shows.add_argument("--n", type=at_least(1), default=1, help="how many examples")
     shows.add_argument("--seed", type=int, default=0)
@@ -628,7 +629,8 @@ def main():
     writes = commands.add_parser("countdown", help="write traces of the Countdown teacher as JSONL to standard output")
     writes.add_argument("--n", type=at_least(1), default=1000, help="how many traces")
     writes.add_argument("--seed", type=int, default=0)
-    writes.add_argument("--give-up", type=float, default=0.7, help="how likely the teacher gives up when tired")
+    writes.add_argument("--give-up", type=at_least(0, float, 1), default=GIVE_UP,
+                        help="how likely the teacher gives up when tired")
 
     makes = commands.add_parser("tokenizer", help="make the tiny base's tokenizer")
     makes.add_argument("directory", help="where tokenizer.json goes")

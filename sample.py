@@ -181,7 +181,7 @@ def main():
     add("--model", default="out/student", help="directory of the model")
     add("--direct", action="store_true", help="answer at once: do not open the thinking")
     add("--max-new-tokens", type=at_least(1), default=1024, help="stop after so many tokens")
-    add("--temperature", type=float, default=0.0, help="0 takes the likeliest token")
+    add("--temperature", type=at_least(0, float), default=0.0, help="0 takes the likeliest token")
     add("--seed", type=int, default=0, help="of the draws")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
     args = parser.parse_args()

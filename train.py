@@ -16,7 +16,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import BadInput, Chat, Parser, at_least, complaints, epoch_batches, load_examples, pack
+from data import (GIVE_UP, BadInput, Chat, Parser, at_least, complaints, epoch_batches,
+                  load_examples, pack)
 from model import BadModel, Config, Transformer
 
 
@@ -24,23 +25,28 @@ def arguments():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("--model", default="assets/countdown-base", help="directory of the model to start from")
-    add("--scratch", action="store_true", help="start from random weights: take config and tokenizer only")
+    add("--scratch", action="store_true", help="random weights: take config and tokenizer only")
     add("--data", default="countdown", help="countdown, pieces (pre-training) or a file of traces")
-    add("--n", type=at_least(1), help="how many examples (default: countdown 1000, pieces 125000, a file all)")
-    add("--give-up", type=float, default=0.7, help="how likely Countdown's teacher gives up when tired")
+    add("--n", type=at_least(1),
+        help="how many examples (default: countdown 1000, pieces 125000, a file all)")
+    add("--give-up", type=at_least(0, float, 1), default=GIVE_UP,
+        help="how likely Countdown's teacher gives up when tired")
     add("--out", default="out/student", help="directory to write the result to")
-    add("--overwrite", action="store_true", help="replace what is in --out")
+    add("--overwrite", action="store_true", help="replace the run in --out")
     add("--epochs", type=at_least(1), default=8, help="passes over the examples")
     add("--max-steps", type=at_least(1), help="stop after so many optimizer steps")
     add("--batch-size", type=at_least(1), default=16, help="sequences in an optimizer step")
-    add("--tokens-per-batch", type=at_least(1), default=8192, help="tokens in a packed row; longer examples are dropped")
-    add("--lr", type=float, default=2e-3, help="highest learning rate (s1 on 32B: 1e-5)")
-    add("--warmup", type=float, default=0.05, help="share of the steps in which it rises; then a cosine to 0")
-    add("--weight-decay", type=float, default=1e-4, help="AdamW's")
-    add("--clip", type=float, default=1.0, help="largest global norm of the gradient")
+    add("--tokens-per-batch", type=at_least(1), default=8192,
+        help="tokens in a packed row; longer examples are dropped")
+    add("--lr", type=at_least(0, float), default=2e-3, help="highest learning rate (s1, 32B: 1e-5)")
+    add("--warmup", type=at_least(0, float, 1), default=0.05,
+        help="share of the steps in which it rises; then a cosine to 0")
+    add("--weight-decay", type=at_least(0, float), default=1e-4, help="AdamW's")
+    add("--clip", type=at_least(0, float), default=1.0, help="largest global norm of the gradient")
     add("--seed", type=int, default=0, help="of the examples, their order and random weights")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
-    add("--dtype", choices=("float32", "bfloat16"), help="to compute in, weights stay float32 (default: bfloat16 on cuda)")
+    add("--dtype", choices=("float32", "bfloat16"),
+        help="to compute in, weights stay float32 (default: bfloat16 on cuda)")
     return parser.parse_args()
 
 
@@ -81,8 +87,12 @@ def main():
 
 
 def train(args):
-    if Path(args.out).exists() and not args.overwrite:
-        raise BadInput(f"{args.out} already holds a run: choose another --out, or --overwrite it")
+    out = Path(args.out)
+    if out.exists() and not args.overwrite:
+        raise BadInput(f"{out} is there already: choose another --out, or --overwrite it")
+    if out.exists() and not (out / "arguments.json").is_file():
+        raise BadInput(f"{out} holds no run of this program, so it is not overwritten")
+    out.parent.mkdir(parents=True, exist_ok=True)       # complain now, and not after the training
 
     # The examples: (ids, index of the first supervised token). An over-long one is dropped, never
     # cut: a trace without its end teaches to think without end (s1, section 4.1).
@@ -97,8 +107,8 @@ def train(args):
     print(f"{len(kept):,} examples, {tokens:,} tokens a pass, "
           f"{len(examples) - len(kept)} dropped as longer than {longest:,}", flush=True)
 
-    torch.manual_seed(args.seed)
-    model = Transformer(config).init_weights(args.seed) if args.scratch else Transformer.load(args.model)
+    model = (Transformer(config).init_weights(args.seed) if args.scratch
+             else Transformer.load(args.model))
     model.to(args.device).train()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {args.device}", flush=True)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -111,7 +121,8 @@ def train(args):
     steps = min(steps, args.max_steps or steps)
     batches = (batch for epoch in range(args.epochs)
                for batch in epoch_batches(kept, args.batch_size, args.seed, epoch))
-    autocast = args.dtype == "bfloat16" or args.dtype is None and args.device == "cuda"
+    device = torch.device(args.device).type
+    autocast = args.dtype == "bfloat16" or args.dtype is None and device == "cuda"
     metrics, started = [], time.perf_counter()
     bar = tqdm(range(steps), unit="step", disable=None, dynamic_ncols=True)
     for step, batch in zip(bar, batches):
@@ -123,7 +134,7 @@ def train(args):
         for row in pack(batch, args.tokens_per_batch):
             row["ids"] = row["ids"].to(args.device, non_blocking=True)
             row["positions"] = row["positions"].to(args.device, non_blocking=True)
-            with torch.autocast(args.device, torch.bfloat16, enabled=autocast):
+            with torch.autocast(device, torch.bfloat16, enabled=autocast):
                 loss, _ = model(**row)
             (loss / supervised).backward()
             total += loss.detach() / supervised
@@ -134,8 +145,8 @@ def train(args):
             raise BadInput(f"step {step}: the gradient is not finite; nothing was written")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        metrics.append({"step": step, "loss": total.item(), "lr": group["lr"], "grad_norm": norm.item(),
-                        "tokens": sum(len(ids) for ids, _ in batch)})
+        metrics.append({"step": step, "loss": total.item(), "lr": group["lr"],
+                        "grad_norm": norm.item(), "tokens": sum(len(ids) for ids, _ in batch)})
         bar.set_postfix_str(f"loss {metrics[-1]['loss']:.3f}")
     seconds = time.perf_counter() - started
 

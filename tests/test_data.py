@@ -139,15 +139,16 @@ def test_search_is_complete_and_its_arithmetic_right():
 def test_a_patient_teacher_is_always_right():
     rng = random.Random(0)
     for row in countdown_questions("tune", 100, 0):
-        thinking, answer = teacher(**row["answer"], rng=rng, give_up=0, hasty=0)
-        assert thinking.endswith("ok") and grade(f"Answer: {answer}", row["answer"])
+        thinking, answer = teacher(**row["answer"], rng=rng, give_up=0, hasty=0, doubt=0)
+        assert thinking.endswith(f" ok\nSo {answer}") and "Wait, is" not in thinking
+        assert grade(f"Answer: {answer}", row["answer"])
 
 
 def test_the_teacher_shows_every_case_of_a_wait():
     """Re-checks that hold and that do not, going on after being tired, a second pass, giving up."""
     text = [thinking for _, thinking, _ in countdown_traces(3000, 0)]
     whole = "\n\n".join(text)
-    for pattern in (r" ok\nWait, is (\d+) \1\? ok\n\n", r"\? ok\nWait, is (\d+) \1\? ok", r"\? no\n\d+[-+*]",
+    for pattern in (r" ok\nSo .*\nWait, is (\d+) \1\? ok\n\n", r"\? ok\nWait, is (\d+) \1\? ok", r"\? no\n\d+[-+*]",
                     r" no\nWait\n\d+[-+*]"):
         assert re.search(pattern, whole), pattern
     for line in re.findall(r"Wait, is (\d+) (\d+)\? (ok|no)", whole):
@@ -164,6 +165,11 @@ def test_giving_up_is_a_rate():
 
 
 # ---- Answers --------------------------------------------------------------------------------
+
+
+def test_more_traces_begin_with_fewer():
+    """So an ablation over their number adds questions and changes none."""
+    assert countdown_traces(30, 0)[:10] == countdown_traces(10, 0) != countdown_traces(10, 1)
 
 
 @pytest.mark.parametrize("text, value, used", [
