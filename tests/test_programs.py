@@ -105,9 +105,9 @@ def test_the_loop_is_the_recipes(run, tiny, tmp_path):
             v.mul_(0.95).addcmul_(g, g, value=0.05)
             p.data *= 1 - rate * (0.1 if p.dim() == 2 else 0)
             p.data -= rate * m / (1 - 0.9 ** (step + 1)) / ((v / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8)
-    # The same reason as above for the tolerance; a wrong beta, decay, clip or rate gives 1e-2 and more.
-    drift = torch.cat([(found[name] - p.data).abs().flatten() for name, p in model.named_parameters()])
-    assert drift.mean() < 1e-5 and (drift > 1e-4).float().mean() < 0.01
+    # The mean, for the reason above; a wrong beta, decay, clip, rate or order gives 5e-4 and more.
+    for name, p in model.named_parameters():
+        assert (found[name] - p.data).abs().mean() < 1e-4, name
 
 
 def test_training_learns(run, tiny, tmp_path):
