@@ -263,7 +263,7 @@ GIVE_UP = 0.7                       # how likely the teacher gives up when it is
 PATIENCE = 8                        # first steps of the search after which the teacher may give up
 
 
-def teacher(numbers, target, rng, give_up=GIVE_UP, hasty=0.15, doubt=0.35):
+def teacher(numbers, target, rng, give_up=GIVE_UP, hasty=0.15, doubt=0.42):
     """Think in text as people do, then answer: (thinking, answer), the answer not always right.
 
     The search goes in a fixed order and checks each try against the target. The teacher is
