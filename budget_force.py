@@ -142,7 +142,7 @@ def evaluate(sampler, chat, questions, budget, max_answer=32, seed=0, temperatur
         rows[row.index] = {
             **questions[row.index], "text": chat.decode(row.tokens), "found": extract(answer),
             "correct": grade(answer, questions[row.index]["answer"]), "thinking_tokens": thought.tokens,
-            "waits": thought.waits, "ended": thought.ended, "finish": row.finish,
+            "extensions": thought.waits, "ended": thought.ended, "finish": row.finish,
             "forced": [i for i, forced in enumerate(row.forced) if forced]}
     return rows
 

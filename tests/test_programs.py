@@ -163,6 +163,7 @@ def test_train_then_evaluate(run, tiny, tmp_path):
     assert all(r["thinking_tokens"] <= r["max_thinking"] for r in runs if r["max_thinking"] >= 0)
     rows = [json.loads(line) for line in (out / "eval" / "rows.jsonl").read_text().splitlines()]
     assert len(rows) == 6 * len(runs) and sum(r["correct"] for r in rows) == sum(r["correct"] for r in runs)
+    assert [r["waits"] for r in rows[-6:]] == [1] * 6 and all(r["extensions"] <= r["waits"] for r in rows)
     assert json.loads((out / "eval" / "summary.json").read_text())["control"] == 100
     assert "1 Wait over 0" in printed and "unlimited + 1 Wait" in printed
     code, _, error = run("budget_force", "--model", out)
