@@ -268,32 +268,26 @@ def teacher(numbers, target, rng, give_up=GIVE_UP, hasty=0.15, doubt=0.42):
 
     The search goes in a fixed order and checks each try against the target. The teacher is
     sometimes `hasty` and takes a near miss for a hit; it rarely passes over a hit. It may `doubt` a
-    hit, look again (a line with `Wait`) and, where it was hasty, take it back and go on. Now and
-    then it pauses with a `Wait` between two steps. After PATIENCE of its nine first steps, and
-    again at the very end, it gives up with probability `give_up` and answers with its last try;
-    else it goes on, with or without a `Wait`. So every case of what may follow a `Wait` is there.
+    hit, look again (a line with `Wait`) and write the answer again or, where it was hasty, take it
+    back and go on. Now and then it pauses with a `Wait` between two steps. After PATIENCE of its
+    nine first steps, and again at the very end, it gives up with probability `give_up` and answers
+    with its last try; else it goes on behind a `Wait`. So every case of what may follow is there.
     """
     lines, steps, answer = [], 0, None
-
-    def gives_up():
-        if rng.random() < give_up:
-            return True
-        if rng.random() < 0.5:
-            lines.append("Wait")
-        return False
-
     for again in range(2):                      # the second time for a hit that was passed over
         for line, left in walk(leaves(numbers)):
             if len(left) == len(numbers) - 1:
                 steps += 1
-                if steps == PATIENCE + 1 and gives_up():
-                    return "\n".join(lines), answer
+                if steps == PATIENCE + 1:
+                    if rng.random() < give_up:
+                        return "\n".join(lines), answer
+                    lines.append("Wait")
             if len(left) > 1:
                 lines += ["Wait", line] if lines and lines[-1] != "Wait" and rng.random() < 0.1 else [line]
                 continue
             value, answer = left[0][0], left[0][1][1:-1]
             right = value == target
-            slip = rng.random() < (0.02 if right else hasty if abs(value - target) <= 3 else 0)
+            slip = rng.random() < (0.04 if right else hasty if abs(value - target) <= 3 else 0)
             claimed = right != slip
             lines.append(f"{line} {'ok' if claimed else 'no'}")
             if claimed:
@@ -301,6 +295,8 @@ def teacher(numbers, target, rng, give_up=GIVE_UP, hasty=0.15, doubt=0.42):
             while claimed and rng.random() < (doubt if right else 0.8):
                 lines.append(f"Wait, is {value} {target}? {'ok' if right else 'no'}")
                 claimed = right
+                if right:
+                    lines.append(f"So {answer}")
             if claimed:
                 return "\n".join(lines), answer
         if again or rng.random() < give_up:
@@ -376,8 +372,9 @@ def piece_writing(rng):
         hit, _, expression = next((t for t in tries if t[1] == target), tries[-1])
         value = int(hit.split("=")[1])
         misses = [f"{second} no" for second, other, _ in tries if other != value]
-        lines += [f"make {value}.", line, *misses, f"{hit} ok", f"So {expression}",
-                  *[f"Wait, is {value} {value}? ok"] * rng.randint(0, 2), f"Answer: {expression}"]
+        again = [f"Wait, is {value} {value}? ok", f"So {expression}"] * rng.randint(0, 4)
+        lines += [f"make {value}.", line, *misses, f"{hit} ok", f"So {expression}", *again,
+                  f"Answer: {expression}"]
     return lines
 
 
@@ -427,7 +424,7 @@ def piece_answering(rng):
     return ask(numbers, target), None, answer
 
 
-PIECES = {piece_sums: 0.2, piece_listing: 0.12, piece_writing: 0.12, piece_checking: 0.36,
+PIECES = {piece_sums: 0.2, piece_listing: 0.12, piece_writing: 0.16, piece_checking: 0.32,
           piece_comparing: 0.13, piece_answering: 0.07}
 
 
@@ -568,7 +565,7 @@ def load_examples(data, chat, n=None, seed=0, give_up=GIVE_UP):
     """Training examples (ids, first supervised) of `countdown`, `pieces` or a file of traces."""
     if data == "pieces":
         return [(chat.example(*piece)[0], 1) if isinstance(piece, tuple)
-                else ([*chat.text(piece), chat.eos], 1) for piece in countdown_pieces(n or 125_000, seed)]
+                else ([*chat.text(piece), chat.eos], 1) for piece in countdown_pieces(n or 150_000, seed)]
     traces = countdown_traces(n or 1000, seed, give_up) if data == "countdown" else load_traces(data)
     return [chat.example(*trace) for trace in traces[:n]]
 

@@ -28,7 +28,7 @@ def arguments():
     add("--scratch", action="store_true", help="random weights: take config and tokenizer only")
     add("--data", default="countdown", help="countdown, pieces (pre-training) or a file of traces")
     add("--n", type=at_least(1),
-        help="how many examples (default: countdown 1000, pieces 125000, a file all)")
+        help="how many examples (default: countdown 1000, pieces 150000, a file all)")
     add("--give-up", type=at_least(0, float, 1), default=GIVE_UP,
         help="how likely Countdown's teacher gives up when tired")
     add("--out", default="out/student", help="directory to write the result to")

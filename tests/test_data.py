@@ -148,7 +148,7 @@ def test_the_teacher_shows_every_case_of_a_wait():
     """Re-checks that hold and that do not, going on after being tired, a second pass, giving up."""
     text = [thinking for _, thinking, _ in countdown_traces(3000, 0)]
     whole = "\n\n".join(text)
-    for pattern in (r" ok\nSo .*\nWait, is (\d+) \1\? ok\n\n", r"\? ok\nWait, is (\d+) \1\? ok", r"\? no\n\d+[-+*]",
+    for pattern in (r" ok\nSo (.*)\nWait, is (\d+) \2\? ok\nSo \1\n\n", r"\? ok\nSo .*\nWait, is (\d+) \1\? ok\nSo", r"\? no\n\d+[-+*]",
                     r" no\nWait\n\d+[-+*]"):
         assert re.search(pattern, whole), pattern
     for line in re.findall(r"Wait, is (\d+) (\d+)\? (ok|no)", whole):
