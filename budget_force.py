@@ -20,7 +20,8 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from data import BadInput, Parser, at_least, complaints, countdown_questions, extract, grade
+from data import (BadInput, Parser, at_least, complaints, countdown_questions, extract, grade,
+                  model_flags)
 from model import BadModel
 from sample import Sampler, load, stream
 
@@ -74,7 +75,7 @@ class Budget:
             [[i] for i in vocabulary], skip_special_tokens=False)) if text.endswith("\n"))
         return cls(max_thinking, waits, close=chat.answer, wait=chat.text(wait), final=chat.text(final),
                    newline=chat.text("\n"), line_ends=frozenset(line_ends),
-                   ends=frozenset({chat.start, *chat.stops}), stop=chat.end, **others)
+                   ends=frozenset(chat.ends), stop=chat.end, **others)
 
     def __call__(self, row, token):
         if row.memory is None:
@@ -265,7 +266,7 @@ def arguments():
     add = parser.add_argument
     add("question", nargs="?",
         help="ask only this, and watch it think: last of --budgets, first of --waits")
-    add("--model", nargs="+", default=["out/student"], help="directories of students")
+    model_flags(add, nargs="+", default=["out/student"])
     add("--base", default="assets/countdown-base", help="directory to compare with, '' for none")
     add("--budgets", type=at_least(-1), nargs="+", default=[0, 16, 32, 64, 96, 128, -1],
         help="thinking tokens at most; -1 is no limit")
@@ -293,7 +294,7 @@ def main():
 
 
 def ask(args):
-    model, chat = load(args.model[0], args.device)
+    model, chat = load(args.model[0], args)
     length = min(args.max_length, model.config.max_position_embeddings)
     budget = Budget.of(chat, args.budgets[-1], args.waits[0], args.wait,
                        max_answer=args.max_answer, room=length)
@@ -311,7 +312,7 @@ def compare(args):
         if Path(directory, "eval").exists() and not args.overwrite:
             raise BadInput(f"{directory}/eval already holds an evaluation: --overwrite it")
     for directory in filter(None, [args.base, *args.model]):
-        load(directory, args.device)            # complain about the last one now, not after the first
+        load(directory, args)            # complain about the last one now, not after the first
     questions = countdown_questions(args.part, args.n, args.seed)
     print(f"{args.n} questions to {args.part}, seed {args.seed}\n\n{HEADER}", flush=True)
     base = examine(args.base, questions, [(None, 0), *settings], args) if args.base else []
@@ -341,7 +342,7 @@ def report(name, results, summary):
 def examine(directory, questions, settings, args):
     """All runs of one model, each printed as it is done: [(run, its rows)]. A budget None is an
     answer without thinking, which only a base can give: a student opens the thinking by itself."""
-    model, chat = load(directory, args.device)
+    model, chat = load(directory, args)
     sampler = Sampler(model, args.slots, min(args.max_length, model.config.max_position_embeddings))
     results = []
     for max_thinking, waits in settings:

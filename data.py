@@ -20,7 +20,9 @@ import math
 import os
 import random
 import re
+import shutil
 import sys
+import typing
 import zlib
 from pathlib import Path
 
@@ -81,64 +83,167 @@ def at_least(lowest, kind=int, highest=math.inf):
 SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
 
+class Family(typing.NamedTuple):
+    """How a family of models writes a conversation. `<|...|>` and the like are control tokens."""
+    sign: set                   # control tokens by which a tokenizer of the family is recognised
+    head: str                   # up to where the assistant's turn begins
+    tail: str                   # the end of that turn
+    thinking: str               # its delimiters of thinking
+    direct: str = ""            # opens a turn without thinking, where it is not simply left out
+
+
+# In the order in which they are looked for.
+FAMILIES = {
+    "deepseek-r1": Family({"<｜User｜>", "<｜Assistant｜>"},
+                          "<｜begin▁of▁sentence｜><｜User｜>{question}<｜Assistant｜>",
+                          "<｜end▁of▁sentence｜>", "think", "<think>\n\n</think>\n\n"),
+    "llama3": Family({"<|start_header_id|>", "<|eot_id|>"},
+                     "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>"
+                     "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", "think"),
+    "qwen3": Family({"<|im_start|>", "<|im_end|>", "<think>"},
+                    "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n",
+                    "<|im_end|>\n", "think", "<think>\n\n</think>\n\n"),
+    "qwen2.5": Family({"<|im_start|>", "<|im_end|>"},
+                      f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
+                      "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n", "s1"),
+}
+
+# What opens the thinking and what closes it, at the beginning of a line. s1's (section 4.1 and its
+# code) are no new tokens: `<|im_start|>` is one, `think` and `answer` are plain text behind it.
+THINKING_STYLES = {"s1": ("<|im_start|>think\n", "<|im_start|>answer\n"),
+                   "think": ("<think>\n", "</think>\n\n")}
+
+
 class Chat:
     """The tokenizer of a model directory, and the text of a conversation as tokens.
 
-    One training example, as in s1 (section 4.1 and its code). The delimiters of thinking are no new
-    tokens: `<|im_start|>` is one special token, `think` and `answer` are plain text behind it.
+    One training example of the family qwen2.5 with s1's delimiters:
 
-        <|im_start|>system\\n{SYSTEM}<|im_end|>\\n
-        <|im_start|>user\\n{question}<|im_end|>\\n
-        <|im_start|>assistant\\n
-        <|im_start|>think\\n{thinking}\\n<|im_start|>answer\\n{answer}<|im_end|>\\n
+        <|im_start|>system\n{SYSTEM}<|im_end|>\n
+        <|im_start|>user\n{question}<|im_end|>\n
+        <|im_start|>assistant\n
+        <|im_start|>think\n{thinking}\n<|im_start|>answer\n{answer}<|im_end|>\n
         `------------------------- supervised -----------------------------------'
+
+    Templates of a downloaded model are never executed: the families are written out above. Nor does
+    text from outside ever become a control token, whatever it contains.
     """
 
-    def __init__(self, directory):
-        self.path = Path(directory) / "tokenizer.json"
+    def __init__(self, directory, family=None, thinking=None):
+        """`family` and `thinking` are keys of FAMILIES and THINKING_STYLES; left out, they are what
+        the directory's chat.json says, else what the tokenizer shows."""
+        self.directory = Path(directory)
+        self.path = self.directory / "tokenizer.json"
         try:
-            self.tokenizer = tokenizers.Tokenizer.from_file(str(self.path))
+            text = self.path.read_text(encoding="utf-8")
+            self.tokenizer = tokenizers.Tokenizer.from_str(text)
+            raw = json.loads(text)
+            self.control = {token["content"]: token["id"] for token in raw["added_tokens"]}
+            # The same without the added tokens, special or not, reads text as nothing but text.
+            self.plain = tokenizers.Tokenizer.from_str(json.dumps({**raw, "added_tokens": []}))
+            self.plain.no_truncation()
+            self.plain.no_padding()
         except Exception as error:              # the library raises nothing narrower
             raise BadInput(f"{self.path} cannot be read as a tokenizer: {error}") from None
-        self.tokenizer.encode_special_tokens = True     # text from outside is text, never control
-        self.start, self.end, self.eos = (self.token(t) for t in
-                                          ("<|im_start|>", "<|im_end|>", "<|endoftext|>"))
-        self.stops = {self.end, self.eos}
-        self.think = [self.start, *self.text("think\n")]
-        self.answer = [self.start, *self.text("answer\n")]
-
-    def token(self, name):
-        number = self.tokenizer.token_to_id(name)
-        if number is None:
-            raise BadInput(f"{self.path} has no {name} token: only ChatML models are known here")
-        return number
+        said = read_object(self.directory / "chat.json")
+        name = family or said.get("family") or next(
+            (name for name, family in FAMILIES.items() if family.sign <= self.control.keys()), None)
+        if name not in FAMILIES or not FAMILIES[name].sign <= self.control.keys():
+            raise BadInput(f"{self.path}: its tokens are not those of {name or 'a known chat format'} "
+                           f"(known: {', '.join(FAMILIES)}; --chat chooses)")
+        self.family = FAMILIES[name]
+        style = thinking or said.get("thinking") or self.family.thinking
+        if style not in THINKING_STYLES:
+            raise BadInput(f"{self.directory / 'chat.json'}: thinking {style!r} is not known "
+                           f"(known: {', '.join(THINKING_STYLES)})")
+        self.format = {"family": name, "thinking": style}
+        self.opening, self.closing = THINKING_STYLES[style]
+        self.think, self.answer = self.render(self.opening), self.render(self.closing)
+        self.end = self.render(self.family.tail)[0]
+        self.stops = {self.end} | {number for name in ("config.json", "generation_config.json")
+                                   for number in listed(read_object(self.directory / name).get("eos_token_id"))}
+        self.ends = {self.answer[0]} | self.stops       # drawn while thinking, these want to end it
 
     def text(self, text):
         """Token ids of plain text; `<|im_end|>` written in it is eight ordinary characters or so."""
-        return self.tokenizer.encode(text, add_special_tokens=False).ids
+        return self.plain.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
-    def prompt(self, question, thinking=True):
-        """Ids up to where the model goes on: behind the opened thinking, or behind `assistant\\n`."""
+    def render(self, template, **texts):
+        """Token ids of one of our templates: control tokens by name, {names} filled in as plain text."""
         ids = []
-        for role, content in (("system", SYSTEM), ("user", question)):
-            ids += [self.start, *self.text(f"{role}\n{content}"), self.end, *self.text("\n")]
-        ids += [self.start, *self.text("assistant\n")]
-        return ids + self.think if thinking else ids
+        for part in re.split(f"({'|'.join(map(re.escape, self.control))})", template):
+            ids += [self.control[part]] if part in self.control else self.text(part.format(**texts))
+        return ids
+
+    def prompt(self, question, thinking=True):
+        """Ids up to where the model goes on: behind the opened thinking, or where it answers at once."""
+        opened = self.think if thinking else self.render(self.family.direct)
+        return self.render(self.family.head, question=question) + opened
 
     def example(self, question, thinking, answer):
         """One training example: its ids, and the index of the first supervised one."""
         answer = answer.strip()
         if "Answer:" not in answer:
             answer = f"Answer: {answer}"
-        ids = self.prompt(question, thinking=False)
-        reply = [self.end, *self.text("\n")]
         if thinking is None:                    # a direct answer: the assistant's turn is all of it
-            return ids + self.text(answer) + reply, len(ids)
-        return ids + [self.start, *self.text(f"think\n{thinking.strip()}\n"),
-                      self.start, *self.text(f"answer\n{answer}"), *reply], len(ids)
+            ids = self.prompt(question, thinking=False)
+            return ids + self.render("{answer}" + self.family.tail, answer=answer), len(ids)
+        ids = self.render(self.family.head, question=question)
+        return ids + self.render(f"{self.opening}{{thinking}}\n{self.closing}{{answer}}{self.family.tail}",
+                                 thinking=thinking.strip(), answer=answer), len(ids)
+
+    def save(self, directory):
+        """The tokenizer's files as they came, the stop tokens, and the format in chat.json."""
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
+                     "merges.txt", "added_tokens.json", "chat_template.json", "chat_template.jinja"):
+            if (self.directory / name).is_file():
+                shutil.copy(self.directory / name, directory)
+        generation = read_object(self.directory / "generation_config.json")
+        for name, what in (("generation_config.json", {**generation, "eos_token_id": sorted(self.stops)}),
+                           ("chat.json", self.format)):
+            Path(directory, name).write_text(json.dumps(what, indent=2) + "\n", encoding="utf-8")
+
+
+def read_object(path):
+    """The object in a JSON file, {} where there is no file; else BadInput."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    except ValueError as error:
+        raise BadInput(f"{path} is no JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise BadInput(f"{path} holds no object")
+    return found
+
+
+def listed(value):
+    """eos_token_id as it is met: a number, a list of them, or nothing."""
+    return [n for n in (value if isinstance(value, list) else [value]) if isinstance(n, int)]
+
+
+def model_flags(add, **options):
+    """The flags by which every program names a model: a directory or hub id, and its chat format."""
+    add("--model", help="directory of the model, or a hub id: owner/name or owner/name@revision", **options)
+    add("--chat", choices=FAMILIES, help="chat format (default: what the tokenizer shows)")
+    add("--thinking", choices=THINKING_STYLES, help="delimiters of thinking (default: the chat format's)")
+
+
+def local(name):
+    """The directory of a model. A hub id is fetched with huggingface_hub, weights in safetensors and
+    text only, or taken from its cache; whatever begins like a path here is a path."""
+    owner = Path(name).parts[:1]
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) or owner == ("out",) or Path(*owner).exists():
+        return name
+    import huggingface_hub                      # slow to import, and not needed for a directory
+    repository, _, revision = name.partition("@")
+    try:
+        return huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=[
+            "*.safetensors", "*.json", "*.jinja", "*.txt"])
+    except Exception as error:                  # of a dozen kinds, its HTTP library's among them
+        raise BadInput(f"{name} is no directory, and not to be had from the hub: "
+                       f"{' '.join(str(error).split())[:200]}") from None
 
 
 # ---- Files ----------------------------------------------------------------------------------
@@ -565,7 +670,7 @@ def load_examples(data, chat, n=None, seed=0, give_up=GIVE_UP):
     """Training examples (ids, first supervised) of `countdown`, `pieces` or a file of traces."""
     if data == "pieces":
         return [(chat.example(*piece)[0], 1) if isinstance(piece, tuple)
-                else ([*chat.text(piece), chat.eos], 1) for piece in countdown_pieces(n or 150_000, seed)]
+                else ([*chat.text(piece), *chat.render("<|endoftext|>")], 1) for piece in countdown_pieces(n or 150_000, seed)]
     traces = countdown_traces(n or 1000, seed, give_up) if data == "countdown" else load_traces(data)
     return [chat.example(*trace) for trace in traces[:n]]
 
@@ -618,7 +723,7 @@ def main():
     shows = commands.add_parser("show", help="print training examples as the model sees them, supervised part in colour")
     shows.add_argument("data", nargs="?", default="countdown",
                        help="countdown, pieces or a file of traces")
-    shows.add_argument("--model", default="assets/countdown-base", help="directory with the tokenizer")
+    model_flags(shows.add_argument, default="assets/countdown-base")
     shows.add_argument("--n", type=at_least(1), default=1, help="how many examples")
     shows.add_argument("--seed", type=int, default=0)
     shows.add_argument("--colour", choices=("auto", "always", "never"), default="auto")
@@ -635,7 +740,7 @@ def main():
     args = parser.parse_args()
     with complaints():
         if args.command == "show":
-            chat = Chat(args.model)
+            chat = Chat(local(args.model), args.chat, args.thinking)
             colour = args.colour == "always" or args.colour == "auto" and sys.stdout.isatty()
             for example in load_examples(args.data, chat, args.n, args.seed):
                 print(show(chat, *example, colour))

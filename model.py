@@ -14,6 +14,7 @@ Shapes in comments: B rows, T tokens of a row, C hidden size, H query heads, K k
 D width of a head, L places of the cache, V vocabulary, N supervised tokens.
 """
 import json
+import math
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 
@@ -30,6 +31,12 @@ class BadModel(ValueError):
 
 # ---- Config ---------------------------------------------------------------------------------
 
+# How the families differ: biases on q, k and v; norms on each head of q and k; the width of a head
+# where config.json is silent (None: hidden_size / num_attention_heads).
+FAMILIES = {"qwen2": {"qkv_bias": True, "qk_norm": False, "head_dim": None},
+            "qwen3": {"qkv_bias": False, "qk_norm": True, "head_dim": 128},
+            "llama": {"qkv_bias": False, "qk_norm": False, "head_dim": None}}
+
 
 @dataclass
 class Config:
@@ -40,20 +47,39 @@ class Config:
     num_hidden_layers: int
     num_attention_heads: int
     num_key_value_heads: int
+    model_type: str = "qwen2"
+    head_dim: int | None = None
     max_position_embeddings: int = 32768
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_scaling: dict | None = None    # None, or Llama 3's: see `rotary`
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
     rest: dict = field(default_factory=dict, repr=False)
 
-    @property
-    def head_dim(self):
-        return self.hidden_size // self.num_attention_heads
+    def __post_init__(self):
+        """BadModel where this file cannot compute what is asked for."""
+        if self.model_type not in FAMILIES:
+            raise BadModel(f"model_type {self.model_type!r} is not known here (known: {', '.join(FAMILIES)})")
+        self.qkv_bias, self.qk_norm = (FAMILIES[self.model_type][key] for key in ("qkv_bias", "qk_norm"))
+        for f in fields(self):
+            value, number = getattr(self, f.name), f.type in (int, float)
+            if number and (type(value) not in (int, f.type) or not 0 < value < math.inf):
+                raise BadModel(f"{f.name} is {value!r}, not a number above 0")
+        self.head_dim = (self.head_dim or FAMILIES[self.model_type]["head_dim"]
+                         or self.hidden_size // self.num_attention_heads)
+        if type(self.head_dim) is not int or self.head_dim < 2 or self.head_dim % 2:
+            raise BadModel(f"head_dim is {self.head_dim!r}, not an even number above 0")
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise BadModel(f"{self.num_attention_heads} query heads do not share {self.num_key_value_heads} of keys")
+        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+            if self.rope_scaling and not isinstance(self.rope_scaling.get(key), (int, float)):
+                raise BadModel(f"rope_scaling has no number {key}")
 
     @classmethod
     def load(cls, directory):
-        """Read `directory`/config.json. BadModel where this file cannot compute what it asks for."""
+        """Read `directory`/config.json, in the older or the newer layout of its rope. BadModel where
+        it is none, or asks for what this file cannot compute."""
         path = Path(directory) / "config.json"
         try:
             raw = json.loads(path.read_text(encoding="utf-8"))
@@ -63,18 +89,39 @@ class Config:
             raise BadModel(f"{path} is no JSON: {error}") from None
         if not isinstance(raw, dict):
             raise BadModel(f"{path} holds no object")
-        for key, known in (("model_type", "qwen2"), ("hidden_act", "silu")):
-            if raw.get(key) != known:
-                raise BadModel(f"{path}: {key} {raw.get(key)!r} is not known here (known: {known})")
-        for key in ("use_sliding_window", "rope_scaling", "rope_parameters", "quantization_config"):
-            if raw.get(key):
-                raise BadModel(f"{path}: {key} is not supported")
         known = {f.name for f in fields(cls)} - {"rest"}
+        rest = {key: raw[key] for key in raw.keys() - known}
         try:
-            return cls(**{key: raw[key] for key in known & raw.keys()},
-                       rest={key: raw[key] for key in raw.keys() - known})
-        except TypeError as error:
+            cls.refuse(raw)
+            return cls(**{key: raw[key] for key in known & raw.keys()} | cls.rope(raw), rest=rest)
+        except (BadModel, TypeError) as error:
             raise BadModel(f"{path}: {error}") from None
+
+    @staticmethod
+    def refuse(raw):
+        """BadModel by the name of what is asked for and not computed here."""
+        if raw.get("model_type") not in FAMILIES:
+            raise BadModel(f"model_type {raw.get('model_type')!r} is not known here (known: {', '.join(FAMILIES)})")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise BadModel(f"hidden_act {raw['hidden_act']!r} is not known here (known: silu)")
+        layers = raw.get("layer_types") or []
+        if raw.get("use_sliding_window") or "sliding_attention" in layers:
+            raise BadModel("a sliding window is not supported")
+        for key in ("quantization_config", "attention_bias", "mlp_bias"):
+            if raw.get(key):
+                raise BadModel(f"{key} is not supported")
+
+    @staticmethod
+    def rope(raw):
+        """rope_theta and rope_scaling from `rope_parameters`, or from their older places."""
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise BadModel(f"the rope is {rope!r}, not an object")
+        kind = rope.get("rope_type", rope.get("type", "default"))
+        if kind not in ("default", "llama3"):
+            raise BadModel(f"rope type {kind!r} is not known here (known: default, llama3)")
+        theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+        return {"rope_theta": theta, "rope_scaling": rope if kind == "llama3" else None}
 
     def to_dict(self):
         return {**self.rest, **{k: v for k, v in asdict(self).items() if k != "rest"}}
@@ -98,10 +145,18 @@ class RMSNorm(nn.Module):
 def rotary(positions, config):
     """cos and sin, each (B, 1, T, D), in float32: pair i of a head turns by theta^(-2i/D) a position.
 
+    Llama 3 stretches this for long contexts: a pair that turns around less than `low_freq_factor`
+    times in the length it was first trained on turns `factor` times slower, one that turns more
+    than `high_freq_factor` times as before, and in between it is interpolated.
     The angles of late positions have no place in bf16, so they are computed here and cast later.
     """
     pairs = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
     frequencies = config.rope_theta ** (-pairs / config.head_dim)             # (D/2,)
+    if llama3 := config.rope_scaling:
+        low, high = llama3["low_freq_factor"], llama3["high_freq_factor"]
+        turns = frequencies * llama3["original_max_position_embeddings"] / (2 * math.pi)
+        kept = ((turns - low) / (high - low)).clamp(0, 1)
+        frequencies = frequencies * (kept + (1 - kept) / llama3["factor"])
     angles = positions[:, None, :, None].float() * frequencies               # (B, 1, T, D/2)
     angles = torch.cat((angles, angles), dim=-1)                             # (B, 1, T, D)
     return angles.cos(), angles.sin()
@@ -148,16 +203,18 @@ class Attention(nn.Module):
         super().__init__()
         C, D = config.hidden_size, config.head_dim
         self.head_dim = D
-        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=True)
-        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=True)
-        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=True)
+        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
+        self.q_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, rope, lengths, cached):
         B, T, C = x.shape
-        q = self.q_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)     # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)     # (B, K, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)     # (B, K, T, D)
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)               # (B, K, T, D)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cached is not None:
             cache, layer, places, mask = cached
@@ -303,7 +360,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
 
 
 class Transformer(nn.Module):
-    """A decoder of the Qwen2 family."""
+    """A decoder of the Qwen2, Qwen3 or Llama family."""
 
     def __init__(self, config):
         super().__init__()
@@ -366,30 +423,81 @@ class Transformer(nn.Module):
 
     @classmethod
     def load(cls, directory, dtype=torch.float32, device="cpu"):
-        """The model in a Hugging Face directory (config.json, model.safetensors); else BadModel."""
-        config = Config.load(directory)
-        path = Path(directory) / "model.safetensors"
-        if not path.is_file():
-            raise BadModel(f"{directory} has no model.safetensors (no other format is read)")
-        try:
-            state = safetensors.torch.load_file(path, device=str(device))
-        except (safetensors.SafetensorError, OSError) as error:
-            raise BadModel(f"{path} cannot be read: {error}") from None
-        if config.tie_word_embeddings:
-            state.pop("lm_head.weight", None)
+        """The model in a Hugging Face directory, its weights in `dtype` on `device`; else BadModel.
+
+        The files are mapped, not read: each tensor goes from the file to its place, and there is
+        no second copy of the model.
+        """
         with torch.device("meta"):
-            model = cls(config)
-        try:
-            model.load_state_dict({k: t.to(dtype) for k, t in state.items()}, assign=True)
-        except RuntimeError as error:
-            raise BadModel(f"{path} does not fit config.json: " + " ".join(str(error).split())) from None
+            model = cls(Config.load(directory)).to(dtype)
+        files = {name: file for file in open_weights(Path(directory)) for name in file.keys()
+                 if not name.endswith("rotary_emb.inv_freq")}       # old checkpoints: computed here
+        if model.config.tie_word_embeddings:
+            files.pop("lm_head.weight", None)
+        wanted = model.state_dict()
+        found = {name: files[name].get_slice(name) for name in files}
+        wrong = {"missing": wanted.keys() - found.keys(), "extra": found.keys() - wanted.keys(),
+                 "of another shape": {name for name in wanted.keys() & found.keys()
+                                      if found[name].get_shape() != list(wanted[name].shape)},
+                 "quantised": {name for name in found if found[name].get_dtype() not in ("F32", "F16", "BF16")}}
+        if any(wrong.values()):
+            raise BadModel(f"{directory} does not fit its config.json: " + "; ".join(
+                f"{why} {', '.join(sorted(names))}" for why, names in wrong.items() if names))
+        model.to_empty(device=device)
+        for name, place in model.state_dict().items():
+            place.copy_(files[name].get_tensor(name))
         return model
 
-    def save(self, directory):
-        """Write config.json and model.safetensors into a directory that is there."""
-        directory = Path(directory)
-        state = {name: p.detach().cpu().contiguous() for name, p in self.state_dict().items()}
-        dtype = str(next(iter(state.values())).dtype).removeprefix("torch.")
-        config = {**self.config.to_dict(), "torch_dtype": dtype}
+    def save(self, directory, dtype=None, shard_bytes=5e9):
+        """Write config.json and the weights, in their own `dtype` or another, into a directory that
+        is there: one safetensors file, or shards and their index where it would be larger."""
+        directory, shards, size = Path(directory), [{}], 0
+        for name, p in self.state_dict().items():
+            dtype = dtype or p.dtype
+            size += p.numel() * dtype.itemsize
+            if size > shard_bytes and shards[-1]:
+                shards, size = [*shards, {}], p.numel() * dtype.itemsize
+            shards[-1][name] = p
+        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
+        if len(shards) == 1:
+            names = ["model.safetensors"]
+        else:
+            index = {"metadata": {"total_size": sum(p.numel() * dtype.itemsize for p in self.parameters())},
+                     "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
+            (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+        for name, shard in zip(names, shards):
+            safetensors.torch.save_file({key: p.detach().to("cpu", dtype).contiguous() for key, p in shard.items()},
+                                        directory / name, metadata={"format": "pt"})
+        said = str(dtype).removeprefix("torch.")
+        config = {**self.config.to_dict(), "dtype": said, "torch_dtype": said}     # newer, older name
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        safetensors.torch.save_file(state, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+INDEX = "model.safetensors.index.json"
+
+
+def open_weights(directory):
+    """The safetensors files of a directory, opened; BadModel says what is wrong with them."""
+    paths = [directory / "model.safetensors"]
+    if not paths[0].is_file():
+        if not (directory / INDEX).is_file():
+            only = "only pickles (*.bin), which are never opened" if [*directory.glob("*.bin")] else "none"
+            raise BadModel(f"{directory} has no weights in safetensors files: {only}")
+        try:
+            names = set(json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise BadModel(f"{directory / INDEX} is no index of shards") from None
+        for name in names:
+            if type(name) is not str or Path(name).name != name or not name.endswith(".safetensors"):
+                raise BadModel(f"{directory / INDEX}: {name!r} is no plain name of a safetensors file")
+        paths = [directory / name for name in sorted(names)]
+    files = []
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                if file.read(20) == b"version https://git-":
+                    raise BadModel(f"{path} is a Git LFS pointer and not the weights: `git lfs pull`")
+            files.append(safetensors.safe_open(path, framework="pt"))
+        except (safetensors.SafetensorError, OSError) as error:
+            raise BadModel(f"{path} cannot be read: {error}") from None
+    return files

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from data import BadInput, Chat, Parser, at_least, complaints, escape
+from data import BadInput, Chat, Parser, at_least, complaints, escape, local, model_flags
 from model import BadModel, KVCache, Transformer
 
 
@@ -178,7 +178,7 @@ def main():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("question", help="what to ask")
-    add("--model", default="out/student", help="directory of the model")
+    model_flags(add, default="out/student")
     add("--direct", action="store_true", help="answer at once: do not open the thinking")
     add("--max-new-tokens", type=at_least(1), default=1024, help="stop after so many tokens")
     add("--temperature", type=at_least(0, float), default=0.0, help="0 takes the likeliest token")
@@ -186,7 +186,7 @@ def main():
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
     args = parser.parse_args()
     with complaints(BadModel):
-        model, chat = load(args.model, args.device)
+        model, chat = load(args.model, args)
         prompt = chat.prompt(args.question, thinking=not args.direct)
         length = min(len(prompt) + args.max_new_tokens, model.config.max_position_embeddings)
         row = stream(Sampler(model, 1, length), chat, prompt, 0 if args.direct else len(chat.think),
@@ -195,10 +195,11 @@ def main():
             print(f"(stopped after {len(row.tokens)} tokens)", file=sys.stderr)
 
 
-def load(directory, device):
-    """Model and chat of a directory, in bf16 on CUDA and float32 elsewhere."""
-    dtype = torch.bfloat16 if device.startswith("cuda") else torch.float32
-    return Transformer.load(directory, dtype, device), Chat(directory)
+def load(name, args):
+    """Model and chat by directory or hub id, in bf16 on CUDA and float32 elsewhere."""
+    directory = local(name)
+    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    return Transformer.load(directory, dtype, args.device), Chat(directory, args.chat, args.thinking)
 
 
 if __name__ == "__main__":

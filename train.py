@@ -17,14 +17,14 @@ import torch
 from tqdm import tqdm
 
 from data import (GIVE_UP, BadInput, Chat, Parser, at_least, complaints, epoch_batches,
-                  load_examples, pack)
+                  load_examples, local, model_flags, pack)
 from model import BadModel, Config, Transformer
 
 
 def arguments():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("--model", default="assets/countdown-base", help="directory of the model to start from")
+    model_flags(add, default="assets/countdown-base")
     add("--scratch", action="store_true", help="random weights: take config and tokenizer only")
     add("--data", default="countdown", help="countdown, pieces (pre-training) or a file of traces")
     add("--n", type=at_least(1),
@@ -47,6 +47,7 @@ def arguments():
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
     add("--dtype", choices=("float32", "bfloat16"),
         help="to compute in, weights stay float32 (default: bfloat16 on cuda)")
+    add("--save-dtype", choices=("float32", "bfloat16"), default="float32", help="of the written weights")
     return parser.parse_args()
 
 
@@ -58,17 +59,14 @@ def learning_rate(step, steps, highest, warmup):
     return highest * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def save(directory, model, chat, records):
+def save(directory, model, dtype, chat, records):
     """Write the directory beside its final name, flush it to the disk, then rename: whole or not at all."""
     final = Path(directory)
     draft = final.with_name(final.name + ".draft")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    model.save(draft)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        if (chat.path.parent / name).is_file():
-            shutil.copy(chat.path.parent / name, draft)
-    (draft / "generation_config.json").write_text(json.dumps({"eos_token_id": sorted(chat.stops)}) + "\n")
+    model.save(draft, dtype)
+    chat.save(draft)
     for name, text in records.items():
         (draft / name).write_text(text, encoding="utf-8")
     for path in [*draft.iterdir(), draft]:
@@ -96,9 +94,10 @@ def train(args):
 
     # The examples: (ids, index of the first supervised token). An over-long one is dropped, never
     # cut: a trace without its end teaches to think without end (s1, section 4.1).
-    chat = Chat(args.model)
+    source = local(args.model)
+    chat = Chat(source, args.chat, args.thinking)
     examples = load_examples(args.data, chat, args.n, args.seed, args.give_up)
-    config = Config.load(args.model)
+    config = Config.load(source)
     longest = min(args.tokens_per_batch, config.max_position_embeddings)
     kept = [example for example in examples if len(example[0]) <= longest]
     if not kept:
@@ -108,7 +107,7 @@ def train(args):
           f"{len(examples) - len(kept)} dropped as longer than {longest:,}", flush=True)
 
     model = (Transformer(config).init_weights(args.seed) if args.scratch
-             else Transformer.load(args.model))
+             else Transformer.load(source))
     model.to(args.device).train()
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {args.device}", flush=True)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -151,7 +150,7 @@ def train(args):
     seconds = time.perf_counter() - started
 
     seen = sum(row["tokens"] for row in metrics)
-    save(args.out, model, chat, {
+    save(args.out, model, args.save_dtype and getattr(torch, args.save_dtype), chat, {
         "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in metrics),
         "arguments.json": json.dumps(vars(args), indent=2) + "\n"})
     last = metrics[-max(1, len(metrics) // 20):]

@@ -33,7 +33,7 @@ def test_text_from_outside_is_never_control(chat, text):
     for ids in (chat.prompt(text), chat.example(text, "t", "a")[0]):
         assert ids.count(chat.end) == chat.prompt("plain").count(chat.end) + (ids[-2] == chat.end)
         assert text in chat.decode(ids)
-    assert not {chat.start, chat.end, chat.eos} & set(chat.text(text))
+    assert not set(chat.control.values()) & set(chat.text(text))
 
 
 def test_tokenizer_takes_any_text_and_one_token_a_number(chat):

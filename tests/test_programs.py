@@ -141,7 +141,7 @@ def test_a_run_leaves_a_whole_model_directory(run, tiny, tmp_path):
     out = tmp_path / "deep" / "student"
     trained(run, tiny, out)
     assert {path.name for path in out.iterdir()} == {
-        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat.json",
         "model.safetensors", "metrics.jsonl", "arguments.json"}
     assert not list(out.parent.glob("*.draft"))
     assert json.loads((out / "arguments.json").read_text())["n"] == 10
