@@ -234,7 +234,7 @@ def local(name):
     """The directory of a model. A hub id is fetched with huggingface_hub, weights in safetensors and
     text only, or taken from its cache; whatever begins like a path here is a path."""
     owner = Path(name).parts[:1]
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", name) or owner == ("out",) or Path(*owner).exists():
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", name) or owner == ("out",) or Path(*owner).exists():
         return name
     import huggingface_hub                      # slow to import, and not needed for a directory
     repository, _, revision = name.partition("@")

@@ -1,16 +1,21 @@
 """What several tests share. `python -m pytest` in the project's folder finds the programs."""
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from data import Chat
+import budget_force
+import data
+import sample
+import train
 from model import Config, Transformer
 
 torch.set_num_threads(1)      # these models are too small to share among cores
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "assets" / "countdown-base"
+PROGRAMS = {"train": train, "sample": sample, "budget_force": budget_force, "data": data}
 
 
 def tiny_config(**changes):
@@ -32,4 +37,18 @@ def tiny_model(seed=0, **changes):
 
 @pytest.fixture(scope="session")
 def chat():
-    return Chat(BASE)
+    return data.Chat(BASE)
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """run("train", "--n", 8) is `python train.py --n 8`: (exit code, standard output, standard error)."""
+    def call(program, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{program}.py", *map(str, arguments)])
+        code = 0
+        try:
+            PROGRAMS[program].main()
+        except SystemExit as stop:
+            code = stop.code
+        return code, *capsys.readouterr()
+    return call

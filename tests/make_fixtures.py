@@ -22,7 +22,7 @@ FIXTURES = Path(__file__).parent / "fixtures"
 SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 QUESTION = "How many r are in\nstrawberry, and 12 + 30?"
 SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, initializer_range=0.3)
+             num_key_value_heads=2, initializer_range=0.2)
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}<|im_start|>assistant{{ '\n' }}"
 
 # name: config, its keys, dtype, bytes of a shard, control tokens (False: not special), eos, template

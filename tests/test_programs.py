@@ -2,7 +2,6 @@
 import json
 import re
 import shutil
-import sys
 
 import pytest
 import safetensors.torch
@@ -15,9 +14,6 @@ import sample
 import train
 from model import Transformer
 
-PROGRAMS = {"train": train, "sample": sample, "budget_force": budget_force, "data": data}
-
-
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """A directory with a tiny random model over the base's tokenizer."""
@@ -26,20 +22,6 @@ def tiny(tmp_path_factory):
     for name in ("tokenizer.json", "tokenizer_config.json"):
         shutil.copy(BASE / name, directory)
     return directory
-
-
-@pytest.fixture
-def run(monkeypatch, capsys):
-    """run("train", "--n", 8) is `python train.py --n 8`: (exit code, standard output, standard error)."""
-    def call(program, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{program}.py", *map(str, arguments)])
-        code = 0
-        try:
-            PROGRAMS[program].main()
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-    return call
 
 
 def trained(run, tiny, out, *arguments):
