@@ -2,7 +2,7 @@
 
 In:   models, and questions with answers (the built-in Countdown task's held-out ones).
 Out:  a table in the terminal; MODEL/eval/ with rows.jsonl (an answer a row), runs.jsonl (a run a
-      row), summary.json (Control, Scaling, Performance) and curve.png where matplotlib is installed.
+      row), summary.json (Control, Scaling, Performance) and curve.png where there is matplotlib.
 
 Map:  Budget      lengthens thinking with `Wait` and cuts it short: a `steer` of the sampler
       evaluate    a set of questions under one budget: a run
@@ -31,7 +31,7 @@ from sample import Sampler, load, stream
 @dataclass
 class Thought:
     """Where a row stands: what `Budget` keeps in `row.memory`."""
-    tokens: int = 0                     # of thinking so far: sampled ones, and every appended `Wait`
+    tokens: int = 0                     # of thinking so far: sampled, and every appended `Wait`
     waits: int = 0                      # how often it was made to go on
     ended: str | None = None            # "natural", "cut" (budget), "context" (no room left)
     answer: int | None = None           # where the answer begins in row.tokens
@@ -73,7 +73,8 @@ class Budget:
         vocabulary = range(chat.tokenizer.get_vocab_size())
         line_ends = (i for i, text in zip(vocabulary, chat.tokenizer.decode_batch(
             [[i] for i in vocabulary], skip_special_tokens=False)) if text.endswith("\n"))
-        return cls(max_thinking, waits, close=chat.answer, wait=chat.text(wait), final=chat.text(final),
+        return cls(max_thinking, waits, close=chat.answer, wait=chat.text(wait),
+                   final=chat.text(final),
                    newline=chat.text("\n"), line_ends=frozenset(line_ends),
                    ends=frozenset(chat.ends), stop=chat.end, **others)
 
@@ -133,7 +134,8 @@ def evaluate(sampler, chat, questions, budget, max_answer=32, seed=0, temperatur
     prompts = [chat.prompt(question["question"], thinking) for question in questions]
     refuse_too_long(prompts, sampler.max_length, budget.closing if thinking else max_answer)
     rows = [None] * len(prompts)
-    answers = sampler.generate(prompts, steer=budget, seed=seed, stops=chat.stops, temperature=temperature,
+    answers = sampler.generate(prompts, steer=budget, seed=seed, stops=chat.stops,
+                               temperature=temperature,
                                max_new_tokens=None if thinking else max_answer)
     for row in tqdm(answers, desc=name, total=len(prompts), unit="row", leave=False, disable=None,
                     dynamic_ncols=True):
@@ -142,7 +144,8 @@ def evaluate(sampler, chat, questions, budget, max_answer=32, seed=0, temperatur
         answer = chat.decode(row.tokens[thought.answer:end])
         rows[row.index] = {
             **questions[row.index], "text": chat.decode(row.tokens), "found": extract(answer),
-            "correct": grade(answer, questions[row.index]["answer"]), "thinking_tokens": thought.tokens,
+            "correct": grade(answer, questions[row.index]["answer"]),
+            "thinking_tokens": thought.tokens,
             "extensions": thought.waits, "ended": thought.ended, "finish": row.finish,
             "forced": [i for i, forced in enumerate(row.forced) if forced]}
     return rows
@@ -171,7 +174,7 @@ def wilson(correct, n, z=1.96):
 
 
 def gain(rows, others, z=1.96):
-    """How many points `rows` gained over `others` on the same questions: mean, low, high (95%, paired)."""
+    """Points that `rows` gained over `others` on the same questions: mean and 95% interval, paired."""
     differences = [100 * (row["correct"] - other["correct"]) for row, other in zip(rows, others)]
     mean = statistics.fmean(differences)
     half = z * statistics.pstdev(differences) / math.sqrt(len(differences))
@@ -190,7 +193,8 @@ def summarise(runs):
     kept = [run for run in bound if run["thinking_tokens"] <= run["max_thinking"]]
     points = sorted((math.log2(run["thinking_tokens"]), 100 * run["accuracy"])
                     for run in asked if not run["waits"] and run["thinking_tokens"] >= 1)
-    slopes = [(g - f) / (b - a) for (a, f), (b, g) in itertools.combinations(points, 2) if b - a > 0.1]
+    slopes = [(g - f) / (b - a) for (a, f), (b, g) in itertools.combinations(points, 2)
+              if b - a > 0.1]
     return {"control": 100 * len(kept) / len(bound) if bound else None,
             "scaling_points_per_doubling": statistics.fmean(slopes) if slopes else None,
             "performance": max((100 * run["accuracy"] for run in asked), default=None)}
@@ -218,7 +222,7 @@ def setting(run):
 
 
 def side_by_side(students):
-    """The accuracy of several students under the same settings, with mean and spread (max - min)."""
+    """The accuracy of several students under the same settings, mean and spread (max - min)."""
     names = "".join(f"{runs[0]['model'][:10]:>11}" for runs in students)
     print(f"{'thinking budget':18}{names}{'mean':>11}{'spread':>8}")
     for same in zip(*students):
@@ -248,13 +252,15 @@ def draw(runs, path):
                 y = [100 * run["accuracy"] for _, run in points]
                 bars = [[100 * (run["accuracy"] - run["low"]) for _, run in points],
                         [100 * (run["high"] - run["accuracy"]) for _, run in points]]
-                axes.errorbar(x, y, bars, color=colour, linestyle="" if waits else style, marker=marker,
+                axes.errorbar(x, y, bars, color=colour, linestyle="" if waits else style,
+                              marker=marker,
                               capsize=3, label=f"{model}, {'with Waits' if waits else 'budgets'}")
         for run in mine:
             if run["method"] == "direct":
                 axes.axhline(100 * run["accuracy"], color=colour, linestyle=":", linewidth=1,
                              label=f"{model}, no thinking")
-    axes.set(xlabel="thinking tokens, mean of the answers", ylabel="right answers, %", ylim=(0, 100))
+    axes.set(xlabel="thinking tokens, mean of the answers", ylabel="right answers, %",
+             ylim=(0, 100))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
@@ -302,11 +308,12 @@ def ask(args):
     refuse_too_long([prompt], length, budget.closing)
     row = stream(Sampler(model, 1, length), chat, prompt, len(chat.think), budget,
                  stops=chat.stops, seed=args.seed, temperature=args.temperature)
-    print(f"({row.memory.tokens} thinking tokens, {row.memory.waits} Wait, ended: {row.memory.ended})")
+    thought = row.memory
+    print(f"({thought.tokens} thinking tokens, {thought.waits} Wait, ended: {thought.ended})")
 
 
 def compare(args):
-    """Evaluate the base and each student over the budgets and the Waits; print, and write MODEL/eval."""
+    """Evaluate base and students over the budgets and the Waits; print, and write MODEL/eval."""
     settings = [(budget, 0) for budget in args.budgets] + [(-1, n) for n in args.waits if n]
     for directory in args.model:
         if Path(directory, "eval").exists() and not args.overwrite:
@@ -347,10 +354,12 @@ def examine(directory, questions, settings, args):
     results = []
     for max_thinking, waits in settings:
         budget = None if max_thinking is None else Budget.of(
-            chat, max_thinking, waits, args.wait, max_answer=args.max_answer, room=sampler.max_length)
+            chat, max_thinking, waits, args.wait, max_answer=args.max_answer,
+            room=sampler.max_length)
         what = {"model": Path(directory).name, "method": "budget" if budget else "direct",
                 "max_thinking": max_thinking or 0, "waits": waits, "seed": args.seed}
-        rows = evaluate(sampler, chat, questions, budget, args.max_answer, args.seed, args.temperature,
+        rows = evaluate(sampler, chat, questions, budget, args.max_answer, args.seed,
+                        args.temperature,
                         what["model"])
         results.append((measure(rows, **what), [{**what, **row} for row in rows]))
         print(line(results[-1][0]), flush=True)

@@ -6,7 +6,7 @@ Out:  training examples as token ids, packed batches, and verdicts on answers.
 Map:  Complaints   one clear line for bad input
       Chat         Qwen's chat text and s1's thinking delimiters as tokens
       Files        rows of JSON in and out
-      Countdown    the tiny task: questions, a teacher that thinks in text, the pieces of pre-training
+      Countdown    the tiny task: questions, a teacher that thinks in text, pieces of pre-training
       Answers      find the answer in a text, say whether it is right
       Packing      examples into rows of tokens, the loss mask, the order of an epoch
       Commands     python data.py show | countdown | tokenizer
@@ -38,7 +38,7 @@ class BadInput(ValueError):
 
 @contextlib.contextmanager
 def complaints(*kinds):
-    """Turn BadInput, OSError and `kinds` into one line on standard error and exit code 2; Ctrl-C into 130."""
+    """BadInput, OSError and `kinds` become one line on standard error, exit code 2; Ctrl-C 130."""
     try:
         yield
     except KeyboardInterrupt:
@@ -98,14 +98,16 @@ FAMILIES = {
                           "<｜begin▁of▁sentence｜><｜User｜>{question}<｜Assistant｜>",
                           "<｜end▁of▁sentence｜>", "think", "<think>\n\n</think>\n\n"),
     "llama3": Family({"<|start_header_id|>", "<|eot_id|>"},
-                     "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{question}<|eot_id|>"
+                     "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{question}"
+                     "<|eot_id|>"
                      "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", "think"),
     "qwen3": Family({"<|im_start|>", "<|im_end|>", "<think>"},
                     "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n",
                     "<|im_end|>\n", "think", "<think>\n\n</think>\n\n"),
     "qwen2.5": Family({"<|im_start|>", "<|im_end|>"},
                       f"<|im_start|>system\n{SYSTEM}<|im_end|>\n"
-                      "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n", "<|im_end|>\n", "s1"),
+                      "<|im_start|>user\n{question}<|im_end|>\n<|im_start|>assistant\n",
+                      "<|im_end|>\n", "s1"),
 }
 
 # What opens the thinking and what closes it, at the beginning of a line. s1's (section 4.1 and its
@@ -149,7 +151,7 @@ class Chat:
         name = family or said.get("family") or next(
             (name for name, family in FAMILIES.items() if family.sign <= self.control.keys()), None)
         if name not in FAMILIES or not FAMILIES[name].sign <= self.control.keys():
-            raise BadInput(f"{self.path}: its tokens are not those of {name or 'a known chat format'} "
+            raise BadInput(f"{self.path}: its tokens are not those of {name or 'a known format'} "
                            f"(known: {', '.join(FAMILIES)}; --chat chooses)")
         self.family = FAMILIES[name]
         style = thinking or said.get("thinking") or self.family.thinking
@@ -161,25 +163,25 @@ class Chat:
         self.think, self.answer = self.render(self.opening), self.render(self.closing)
         self.end = self.render(self.family.tail)[0]
         self.stops = {self.end} | {number for name in ("config.json", "generation_config.json")
-                                   for number in listed(read_object(self.directory / name).get("eos_token_id"))}
+            number for number in listed(read_object(self.directory / name).get("eos_token_id"))}
         self.ends = {self.answer[0]} | self.stops       # drawn while thinking, these want to end it
 
     def text(self, text):
-        """Token ids of plain text; `<|im_end|>` written in it is eight ordinary characters or so."""
+        """Token ids of plain text; `<|im_end|>` written in it is eight ordinary tokens or so."""
         return self.plain.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids):
         return self.tokenizer.decode(ids, skip_special_tokens=False)
 
     def render(self, template, **texts):
-        """Token ids of one of our templates: control tokens by name, {names} filled in as plain text."""
+        """Token ids of a template of ours: control tokens by name, {names} filled in as text."""
         ids = []
         for part in re.split(f"({'|'.join(map(re.escape, self.control))})", template):
             ids += [self.control[part]] if part in self.control else self.text(part.format(**texts))
         return ids
 
     def prompt(self, question, thinking=True):
-        """Ids up to where the model goes on: behind the opened thinking, or where it answers at once."""
+        """Ids up to where the model goes on: behind the opened thinking, or where it answers."""
         opened = self.think if thinking else self.render(self.family.direct)
         return self.render(self.family.head, question=question) + opened
 
@@ -192,17 +194,19 @@ class Chat:
             ids = self.prompt(question, thinking=False)
             return ids + self.render("{answer}" + self.family.tail, answer=answer), len(ids)
         ids = self.render(self.family.head, question=question)
-        return ids + self.render(f"{self.opening}{{thinking}}\n{self.closing}{{answer}}{self.family.tail}",
-                                 thinking=thinking.strip(), answer=answer), len(ids)
+        reply = f"{self.opening}{{thinking}}\n{self.closing}{{answer}}{self.family.tail}"
+        return ids + self.render(reply, thinking=thinking.strip(), answer=answer), len(ids)
 
     def save(self, directory):
         """The tokenizer's files as they came, the stop tokens, and the format in chat.json."""
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json",
-                     "merges.txt", "added_tokens.json", "chat_template.json", "chat_template.jinja"):
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+                     "vocab.json", "merges.txt", "added_tokens.json", "chat_template.json",
+                     "chat_template.jinja"):
             if (self.directory / name).is_file():
                 shutil.copy(self.directory / name, directory)
         generation = read_object(self.directory / "generation_config.json")
-        for name, what in (("generation_config.json", {**generation, "eos_token_id": sorted(self.stops)}),
+        generation["eos_token_id"] = sorted(self.stops)
+        for name, what in (("generation_config.json", generation),
                            ("chat.json", self.format)):
             Path(directory, name).write_text(json.dumps(what, indent=2) + "\n", encoding="utf-8")
 
@@ -224,23 +228,25 @@ def listed(value):
 
 
 def model_flags(add, **options):
-    """The flags by which every program names a model: a directory or hub id, and its chat format."""
-    add("--model", help="directory of the model, or a hub id: owner/name or owner/name@revision", **options)
+    """The flags by which programs name a model: a directory or hub id, and its chat format."""
+    add("--model", help="directory or hub id (owner/name, owner/name@revision)", **options)
     add("--chat", choices=FAMILIES, help="chat format (default: what the tokenizer shows)")
-    add("--thinking", choices=THINKING_STYLES, help="delimiters of thinking (default: the chat format's)")
+    add("--thinking", choices=THINKING_STYLES, help="its delimiters (default: the format's own)")
 
 
 def local(name):
-    """The directory of a model. A hub id is fetched with huggingface_hub, weights in safetensors and
-    text only, or taken from its cache; whatever begins like a path here is a path."""
+    """The directory of a model. A hub id is fetched with huggingface_hub, safetensors and text
+    only, or taken from its cache; whatever begins like a path here is a path."""
     owner = Path(name).parts[:1]
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", name) or owner == ("out",) or Path(*owner).exists():
+    hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", name)
+    if not hub_id or owner == ("out",) or Path(*owner).exists():
         return name
     import huggingface_hub                      # slow to import, and not needed for a directory
     repository, _, revision = name.partition("@")
     try:
-        return huggingface_hub.snapshot_download(repository, revision=revision or None, allow_patterns=[
-            "*.safetensors", "*.json", "*.jinja", "*.txt"])
+        return huggingface_hub.snapshot_download(
+            repository, revision=revision or None,
+            allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt"])
     except Exception as error:                  # of a dozen kinds, its HTTP library's among them
         raise BadInput(f"{name} is no directory, and not to be had from the hub: "
                        f"{' '.join(str(error).split())[:200]}") from None
@@ -255,11 +261,12 @@ ANSWER = ("answer", "message_content")
 
 
 def read_rows(path):
-    """The objects of a JSONL file or of one JSON list, as (place, object); BadInput names the place."""
+    """Objects of a JSONL file or one JSON list, as (place, object); BadInput names the place."""
     try:
         text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise BadInput(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+        reason = getattr(error, "strerror", None) or error
+        raise BadInput(f"{path} cannot be read: {reason}") from None
     try:
         if text.lstrip().startswith("["):
             rows = [(f"{path}, entry {n}", row) for n, row in enumerate(json.loads(text), 1)]
@@ -280,7 +287,7 @@ def read_rows(path):
 
 
 def load_traces(path):
-    """Rows of (question, thinking, answer) strings; a row without one of them is refused by place."""
+    """Rows of (question, thinking, answer) strings; BadInput names the place of one without."""
     traces = []
     for place, row in read_rows(path):
         trace = []
@@ -388,7 +395,9 @@ def teacher(numbers, target, rng, give_up=GIVE_UP, hasty=0.15, doubt=0.42):
                         return "\n".join(lines), answer
                     lines.append("Wait")
             if len(left) > 1:
-                lines += ["Wait", line] if lines and lines[-1] != "Wait" and rng.random() < 0.1 else [line]
+                if lines and lines[-1] != "Wait" and rng.random() < 0.1:
+                    lines.append("Wait")
+                lines.append(line)
                 continue
             value, answer = left[0][0], left[0][1][1:-1]
             right = value == target
@@ -630,7 +639,7 @@ def targets_of(ids, first):
 
 
 def pack(examples, tokens_per_batch):
-    """Put examples (ids, first) into as few rows of at most `tokens_per_batch` tokens as best fit can.
+    """Put examples (ids, first) into as few rows of `tokens_per_batch` tokens as best fit can.
 
     The longest first, each into the fullest row that still has room. Yields what `forward` takes,
     one row after the other: ids (1, T), positions (1, T), lengths [...], targets (1, T).
@@ -670,13 +679,15 @@ def load_examples(data, chat, n=None, seed=0, give_up=GIVE_UP):
     """Training examples (ids, first supervised) of `countdown`, `pieces` or a file of traces."""
     if data == "pieces":
         return [(chat.example(*piece)[0], 1) if isinstance(piece, tuple)
-                else ([*chat.text(piece), *chat.render("<|endoftext|>")], 1) for piece in countdown_pieces(n or 150_000, seed)]
-    traces = countdown_traces(n or 1000, seed, give_up) if data == "countdown" else load_traces(data)
+                else ([*chat.text(piece), *chat.render("<|endoftext|>")], 1)
+                for piece in countdown_pieces(n or 150_000, seed)]
+    traces = (countdown_traces(n or 1000, seed, give_up) if data == "countdown"
+              else load_traces(data))
     return [chat.example(*trace) for trace in traces[:n]]
 
 
 def show(chat, ids, first, colour):
-    """One example as the model sees it; supervised tokens green, or behind [ and ] without colour."""
+    """One example as the model sees it; supervised tokens green, or in [ and ] without colour."""
     given, supervised = (escape(chat.decode(part)) for part in (ids[:first], ids[first:]))
     return f"{given}\033[32m{supervised}\033[0m" if colour else f"{given}[{supervised}]"
 
@@ -687,7 +698,7 @@ def escape(text):
 
 
 def make_tokenizer(directory):
-    """Write the tiny base's tokenizer: Qwen's special tokens and byte-level BPE, but every number up
+    """Write the tiny base's tokenizer: Qwen's special tokens and byte-level BPE, but each number up
     to 999 is one token, and the merges are learnt from the task's words. It can encode any text."""
     isolate = tokenizers.pre_tokenizers.Split(tokenizers.Regex(
         r"\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated")
@@ -695,14 +706,15 @@ def make_tokenizer(directory):
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     learner = tokenizers.Tokenizer(tokenizers.models.BPE())
     learner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([isolate, byte_level])
-    texts = [f"system\n{SYSTEM}", *(f"{role}\n" for role in ("user", "assistant", "think", "answer")),
+    texts = [f"system\n{SYSTEM}", "user\n", "assistant\n", "think\n", "answer\n",
              ask((1, 2), 3), "Final Answer: (1)", "From 1, 2 and 3:\n", "make 1.\n1 ok\n1 no\n",
              "Wait, is 1 2? ok\n"]
-    learner.train_from_iterator([re.sub(r"\d+", "", text) for text in texts] * 2, tokenizers.trainers.BpeTrainer(
+    learner.train_from_iterator(
+        [re.sub(r"\d+", "", text) for text in texts] * 2, tokenizers.trainers.BpeTrainer(
         initial_alphabet=alphabet, min_frequency=2, show_progress=False))
     learnt = json.loads(learner.to_str())["model"]
     words = [*alphabet, *(str(n) for n in range(10, 1000)),
-             *(w for w, _ in sorted(learnt["vocab"].items(), key=lambda item: item[1]) if len(w) > 1)]
+             *(word for word in sorted(learnt["vocab"], key=learnt["vocab"].get) if len(word) > 1)]
     # ignore_merges: a word that is in the vocabulary is that token, whatever the merges would do.
     made = tokenizers.Tokenizer(tokenizers.models.BPE(
         {word: i for i, word in enumerate(words)}, [tuple(m) for m in learnt["merges"]],
@@ -720,7 +732,7 @@ def main():
     parser = Parser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
 
-    shows = commands.add_parser("show", help="print training examples as the model sees them, supervised part in colour")
+    shows = commands.add_parser("show", help="print training examples as the model sees them")
     shows.add_argument("data", nargs="?", default="countdown",
                        help="countdown, pieces or a file of traces")
     model_flags(shows.add_argument, default="assets/countdown-base")
@@ -728,7 +740,7 @@ def main():
     shows.add_argument("--seed", type=int, default=0)
     shows.add_argument("--colour", choices=("auto", "always", "never"), default="auto")
 
-    writes = commands.add_parser("countdown", help="write traces of the Countdown teacher as JSONL to standard output")
+    writes = commands.add_parser("countdown", help="print traces of the Countdown teacher, JSONL")
     writes.add_argument("--n", type=at_least(1), default=1000, help="how many traces")
     writes.add_argument("--seed", type=int, default=0)
     writes.add_argument("--give-up", type=at_least(0, float, 1), default=GIVE_UP,

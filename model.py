@@ -36,6 +36,7 @@ class BadModel(ValueError):
 FAMILIES = {"qwen2": {"qkv_bias": True, "qk_norm": False, "head_dim": None},
             "qwen3": {"qkv_bias": False, "qk_norm": True, "head_dim": 128},
             "llama": {"qkv_bias": False, "qk_norm": False, "head_dim": None}}
+LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 @dataclass
@@ -60,8 +61,10 @@ class Config:
     def __post_init__(self):
         """BadModel where this file cannot compute what is asked for."""
         if self.model_type not in FAMILIES:
-            raise BadModel(f"model_type {self.model_type!r} is not known here (known: {', '.join(FAMILIES)})")
-        self.qkv_bias, self.qk_norm = (FAMILIES[self.model_type][key] for key in ("qkv_bias", "qk_norm"))
+            raise BadModel(f"model_type {self.model_type!r} is not known here "
+                           f"(known: {', '.join(FAMILIES)})")
+        family = FAMILIES[self.model_type]
+        self.qkv_bias, self.qk_norm = family["qkv_bias"], family["qk_norm"]
         for f in fields(self):
             value, number = getattr(self, f.name), f.type in (int, float)
             if number and (type(value) not in (int, f.type) or not 0 < value < math.inf):
@@ -71,14 +74,15 @@ class Config:
         if type(self.head_dim) is not int or self.head_dim < 2 or self.head_dim % 2:
             raise BadModel(f"head_dim is {self.head_dim!r}, not an even number above 0")
         if self.num_attention_heads % self.num_key_value_heads:
-            raise BadModel(f"{self.num_attention_heads} query heads do not share {self.num_key_value_heads} of keys")
-        for key in ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+            raise BadModel(f"{self.num_attention_heads} query heads do not share "
+                           f"{self.num_key_value_heads} key-value heads evenly")
+        for key in LLAMA3_ROPE:
             if self.rope_scaling and not isinstance(self.rope_scaling.get(key), (int, float)):
                 raise BadModel(f"rope_scaling has no number {key}")
 
     @classmethod
     def load(cls, directory):
-        """Read `directory`/config.json, in the older or the newer layout of its rope. BadModel where
+        """Read `directory`/config.json, its rope in the older or the newer layout. BadModel where
         it is none, or asks for what this file cannot compute."""
         path = Path(directory) / "config.json"
         try:
@@ -101,7 +105,8 @@ class Config:
     def refuse(raw):
         """BadModel by the name of what is asked for and not computed here."""
         if raw.get("model_type") not in FAMILIES:
-            raise BadModel(f"model_type {raw.get('model_type')!r} is not known here (known: {', '.join(FAMILIES)})")
+            raise BadModel(f"model_type {raw.get('model_type')!r} is not known here "
+                           f"(known: {', '.join(FAMILIES)})")
         if raw.get("hidden_act", "silu") != "silu":
             raise BadModel(f"hidden_act {raw['hidden_act']!r} is not known here (known: silu)")
         layers = raw.get("layer_types") or []
@@ -143,7 +148,7 @@ class RMSNorm(nn.Module):
 
 
 def rotary(positions, config):
-    """cos and sin, each (B, 1, T, D), in float32: pair i of a head turns by theta^(-2i/D) a position.
+    """cos and sin, each (B, 1, T, D), in float32: pair i of a head turns theta^(-2i/D) a position.
 
     Llama 3 stretches this for long contexts: a pair that turns around less than `low_freq_factor`
     times in the length it was first trained on turns `factor` times slower, one that turns more
@@ -163,7 +168,7 @@ def rotary(positions, config):
 
 
 def rotate(x, cos, sin):
-    """Turn each pair (x[i], x[i + D/2]) of (B, heads, T, D) by its angle: Hugging Face's pairing."""
+    """Turn each pair (x[i], x[i + D/2]) of (B, heads, T, D) by its angle: Hugging Face's pairs."""
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
     return (x * cos + turned * sin).to(x.dtype)
@@ -188,7 +193,7 @@ def attend_packed(q, k, v, lengths):
 
 
 def attend_cached(q, k, v, mask):
-    """Attention to the filled places of a cache: k, v (B, K, L, D), mask (B, 1, T, L), True = see."""
+    """Attention to the filled places of a cache: k, v (B, K, L, D), mask (B, 1, T, L) True sees."""
     B, H, T, D = q.shape
     if T > 1:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
@@ -212,9 +217,9 @@ class Attention(nn.Module):
 
     def forward(self, x, rope, lengths, cached):
         B, T, C = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)               # (B, K, T, D)
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B,H,T,D)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B,K,T,D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)               # (B,K,T,D)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cached is not None:
             cache, layer, places, mask = cached
@@ -266,7 +271,8 @@ class KVCache:
 
     @classmethod
     def empty(cls, config, slots, length, dtype=torch.float32, device="cpu"):
-        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, length, config.head_dim)
+        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, length,
+                 config.head_dim)
         return cls(*(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"), [0] * slots)
 
     def slot(self, b):
@@ -301,7 +307,7 @@ class KVCache:
 
 
 class FusedLinearCrossEntropy(torch.autograd.Function):
-    """Sum over rows of -log softmax(hidden @ weight.T)[target], and both gradients in the same pass.
+    """Sum over rows of -log softmax(hidden @ weight.T)[target], both gradients in the same pass.
 
     hidden (N, C), weight (V, C), targets (N,), all supervised. The logits of a batch are its
     largest tensor by far: 16,384 rows times Qwen's 151,936 words are 5 GB in bf16, and as much
@@ -409,7 +415,7 @@ class Transformer(nn.Module):
         return loss, len(supervised)
 
     def init_weights(self, seed):
-        """Random weights for a start from nothing: normal, the residual paths scaled down (GPT-2)."""
+        """Random weights for a start from nothing: normal, residual paths scaled down (GPT-2)."""
         generator = torch.Generator().manual_seed(seed)
         std = self.config.initializer_range
         for name, p in self.named_parameters():
@@ -439,7 +445,8 @@ class Transformer(nn.Module):
         wrong = {"missing": wanted.keys() - found.keys(), "extra": found.keys() - wanted.keys(),
                  "of another shape": {name for name in wanted.keys() & found.keys()
                                       if found[name].get_shape() != list(wanted[name].shape)},
-                 "quantised": {name for name in found if found[name].get_dtype() not in ("F32", "F16", "BF16")}}
+                 "quantised": {name for name in found
+                               if found[name].get_dtype() not in ("F32", "F16", "BF16")}}
         if any(wrong.values()):
             raise BadModel(f"{directory} does not fit its config.json: " + "; ".join(
                 f"{why} {', '.join(sorted(names))}" for why, names in wrong.items() if names))
@@ -462,15 +469,16 @@ class Transformer(nn.Module):
         if len(shards) == 1:
             names = ["model.safetensors"]
         else:
-            index = {"metadata": {"total_size": sum(p.numel() * dtype.itemsize for p in self.parameters())},
-                     "weight_map": {key: name for name, shard in zip(names, shards) for key in shard}}
+            total = sum(p.numel() * dtype.itemsize for p in self.parameters())
+            index = {"metadata": {"total_size": total},
+                     "weight_map": {k: name for name, shard in zip(names, shards) for k in shard}}
             (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         for name, shard in zip(names, shards):
-            safetensors.torch.save_file({key: p.detach().to("cpu", dtype).contiguous() for key, p in shard.items()},
-                                        directory / name, metadata={"format": "pt"})
+            state = {key: p.detach().to("cpu", dtype).contiguous() for key, p in shard.items()}
+            safetensors.torch.save_file(state, directory / name, metadata={"format": "pt"})
         said = str(dtype).removeprefix("torch.")
-        config = {**self.config.to_dict(), "dtype": said, "torch_dtype": said}     # newer, older name
-        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        config = {**self.config.to_dict(), "dtype": said, "torch_dtype": said}  # newer, older name
+        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
 INDEX = "model.safetensors.index.json"
@@ -481,22 +489,24 @@ def open_weights(directory):
     paths = [directory / "model.safetensors"]
     if not paths[0].is_file():
         if not (directory / INDEX).is_file():
-            only = "only pickles (*.bin), which are never opened" if [*directory.glob("*.bin")] else "none"
+            pickles = any(directory.glob("*.bin"))
+            only = "only pickles (*.bin), which are never opened" if pickles else "none"
             raise BadModel(f"{directory} has no weights in safetensors files: {only}")
         try:
-            names = set(json.loads((directory / INDEX).read_text(encoding="utf-8"))["weight_map"].values())
+            names = set(json.loads((directory / INDEX).read_text())["weight_map"].values())
         except (ValueError, KeyError, TypeError, AttributeError):
             raise BadModel(f"{directory / INDEX} is no index of shards") from None
         for name in names:
-            if type(name) is not str or Path(name).name != name or not name.endswith(".safetensors"):
-                raise BadModel(f"{directory / INDEX}: {name!r} is no plain name of a safetensors file")
+            plain = type(name) is str and Path(name).name == name and name.endswith(".safetensors")
+            if not plain:
+                raise BadModel(f"{directory / INDEX}: {name!r} is no plain name of a file")
         paths = [directory / name for name in sorted(names)]
     files = []
     for path in paths:
         try:
             with open(path, "rb") as file:
                 if file.read(20) == b"version https://git-":
-                    raise BadModel(f"{path} is a Git LFS pointer and not the weights: `git lfs pull`")
+                    raise BadModel(f"{path} is a Git LFS pointer, not the weights: `git lfs pull`")
             files.append(safetensors.safe_open(path, framework="pt"))
         except (safetensors.SafetensorError, OSError) as error:
             raise BadModel(f"{path} cannot be read: {error}") from None

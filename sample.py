@@ -3,13 +3,13 @@
 In:   a model, and prompts as lists of token ids.
 Out:  rows as they finish: their tokens, which of them were forced, and why they ended.
 
-The engine in one sentence: admit waiting prompts into free slots, let `steer` look at the token each
-row would take, retire the finished rows, decode one token for every slot.
+The engine in one sentence: admit waiting prompts into free slots, let `steer` look at the token
+each row would take, retire the finished rows, decode one token for every slot.
 
     slot 0  prompt a a a a a a . prompt d d d d d          . = finished, the next prompt moves in
     slot 1  prompt b b . prompt c c c c c c c c
 
-From the command line it streams one answer: python sample.py "Use 3, 5 and 2 with + - * to make 16."
+It streams one answer to a terminal: python sample.py "Use 3, 5 and 2 with + - * to make 16."
 """
 import sys
 import zlib
@@ -63,7 +63,8 @@ class Sampler:
         prompts = list(prompts)
         for prompt in prompts:
             if not 0 < len(prompt) < self.max_length:
-                raise BadInput(f"a prompt of {len(prompt)} tokens does not fit into {self.max_length}")
+                raise BadInput(f"a prompt of {len(prompt)} tokens does not fit into "
+                               f"{self.max_length}")
         waiting = deque(Row(index, prompt) for index, prompt in enumerate(prompts))
         rows = [None] * self.slots
         logits = torch.zeros(self.slots, self.model.config.vocab_size, device=self.device)
@@ -71,7 +72,8 @@ class Sampler:
             for slot in range(self.slots):
                 if rows[slot] is None and waiting:
                     row = rows[slot] = waiting.popleft()
-                    row.generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {row.index}".encode()))
+                    key = zlib.crc32(f"{seed} {row.index}".encode())
+                    row.generator = torch.Generator().manual_seed(key)
                     logits[slot] = self.prefill(slot, row.prompt)
             if not any(rows):
                 return
@@ -93,7 +95,7 @@ class Sampler:
                 logits = self.decode(rows)
 
     def take(self, row, token, steer):
-        """Put the next token behind the row: a queued one, else what `steer` makes of the drawn one."""
+        """Put the next token behind the row: a queued one, or what `steer` makes of the drawn."""
         if row.queue:
             row.tokens.append(row.queue.popleft())
             row.forced.append(True)
@@ -114,7 +116,8 @@ class Sampler:
             chances = (logits.float() / temperature).softmax(-1).cpu()
             for slot, row in enumerate(rows):
                 if row and not row.queue:
-                    tokens[slot] = torch.multinomial(chances[slot], 1, generator=row.generator).item()
+                    token = torch.multinomial(chances[slot], 1, generator=row.generator)
+                    tokens[slot] = token.item()
         return tokens
 
     @torch.no_grad()
@@ -122,7 +125,8 @@ class Sampler:
         """Read a whole prompt into a slot; the logits (V,) behind its last token."""
         self.cache.filled[slot] = 0
         self.computed += len(prompt)
-        return self.model(torch.tensor([prompt], device=self.device), cache=self.cache.slot(slot))[0, -1]
+        ids = torch.tensor([prompt], device=self.device)
+        return self.model(ids, cache=self.cache.slot(slot))[0, -1]
 
     @torch.no_grad()
     def decode(self, rows):
@@ -139,7 +143,7 @@ class Sampler:
 
 
 def stream(sampler, chat, prompt, shown, steer=None, colour=None, **options):
-    """Generate one row and print it as it comes: forced text dim and yellow, or [so] without colour.
+    """Generate one row and print it as it comes: forced text dim and yellow, [so] without colour.
 
     `shown` is how many tokens at the prompt's end to print first, as forced: the opening delimiter.
     """
@@ -199,7 +203,8 @@ def load(name, args):
     """Model and chat by directory or hub id, in bf16 on CUDA and float32 elsewhere."""
     directory = local(name)
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    return Transformer.load(directory, dtype, args.device), Chat(directory, args.chat, args.thinking)
+    model = Transformer.load(directory, dtype, args.device)
+    return model, Chat(directory, args.chat, args.thinking)
 
 
 if __name__ == "__main__":

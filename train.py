@@ -47,7 +47,8 @@ def arguments():
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
     add("--dtype", choices=("float32", "bfloat16"),
         help="to compute in, weights stay float32 (default: bfloat16 on cuda)")
-    add("--save-dtype", choices=("float32", "bfloat16"), default="float32", help="of the written weights")
+    add("--save-dtype", choices=("float32", "bfloat16"), default="float32",
+        help="of the written weights")
     return parser.parse_args()
 
 
@@ -60,7 +61,7 @@ def learning_rate(step, steps, highest, warmup):
 
 
 def save(directory, model, dtype, chat, records):
-    """Write the directory beside its final name, flush it to the disk, then rename: whole or not at all."""
+    """Write beside the final name, flush to the disk, then rename: whole or not at all."""
     final = Path(directory)
     draft = final.with_name(final.name + ".draft")
     shutil.rmtree(draft, ignore_errors=True)
