@@ -20,9 +20,11 @@ PROGRAMS = {"train": train, "sample": sample, "budget_force": budget_force, "dat
 
 def tiny_config(**changes):
     return Config(**{**dict(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True, initializer_range=0.2,
-        rest={"architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu"}), **changes})
+        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+        num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True,
+        initializer_range=0.2, rest={
+            "architectures": ["Qwen2ForCausalLM"], "model_type": "qwen2", "hidden_act": "silu"}),
+        **changes})
 
 
 def tiny_model(seed=0, **changes):
@@ -42,7 +44,8 @@ def chat():
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    """run("train", "--n", 8) is `python train.py --n 8`: (exit code, standard output, standard error)."""
+    """run("train", "--n", 8) is `python train.py --n 8`: (exit code, standard output, standard
+    error)."""
     def call(program, *arguments):
         monkeypatch.setattr(sys, "argv", [f"{program}.py", *map(str, arguments)])
         code = 0

@@ -51,8 +51,10 @@ def play(steer, script, prompt=(NL,)):
      [1, WAIT, 2, WAIT, NL, END, CLOSE, FINAL, 7, STOP], 4, 2, "cut"),
     ("no room for the Wait: a natural stop", dict(max_thinking=2, waits=1, wait=[WAIT, WAIT]),
      [1, END, 7, STOP], [1, END, CLOSE, 7, STOP], 1, 0, "natural"),
-    ("the answer's own budget", dict(), [END, 4, 5, 6, 7, 8], [END, CLOSE, 4, 5, 6, STOP], 0, 0, "natural"),
-    ("thinking cannot close twice", dict(), [1, END, 7, END, 8], [1, END, CLOSE, 7, STOP], 1, 0, "natural"),
+    ("the answer's own budget", dict(), [END, 4, 5, 6, 7, 8],
+     [END, CLOSE, 4, 5, 6, STOP], 0, 0, "natural"),
+    ("thinking cannot close twice", dict(), [1, END, 7, END, 8],
+     [1, END, CLOSE, 7, STOP], 1, 0, "natural"),
     ("the context ends it like a cut", dict(room=13), [1, 2, 3, 4, 5, 7, 8, 9, 6],
      [1, 2, 3, 4, NL, END, CLOSE, FINAL, 7, 8, 9, STOP], 4, 0, "context"),
 ])
@@ -78,7 +80,8 @@ def test_random_streams_keep_every_promise():
         if thought.ended != "natural" and len(thinking) > thought.tokens:
             assert thinking.pop() == NL
         assert len(thinking) == thought.tokens and (most < 0 or thought.tokens <= most)
-        assert text.count(CLOSE) == text.count(END) == 1 and text[-1] == STOP and text.count(STOP) == 1
+        assert text.count(CLOSE) == text.count(END) == 1
+        assert text[-1] == STOP and text.count(STOP) == 1
         assert text.count(WAIT) == thought.waits * len(wait) and thought.waits <= waits
         assert text.count(FINAL) == (thought.ended != "natural")
         assert len(text) - thought.begin <= answer + 1
@@ -97,7 +100,8 @@ def test_budget_of_a_real_tokenizer(chat):
 def test_measures():
     rows = [{"correct": i < 30, "thinking_tokens": 10.0} for i in range(40)]
     run = measure(rows, method="budget", max_thinking=16, waits=0)
-    assert (run["n"], run["correct"], run["accuracy"], run["thinking_tokens"]) == (40, 30, 0.75, 10.0)
+    assert (run["n"], run["correct"], run["accuracy"], run["thinking_tokens"]) == (
+        40, 30, 0.75, 10.0)
     low, high = wilson(30, 40)
     assert low == pytest.approx(0.5981, abs=1e-4) and high == pytest.approx(0.8581, abs=1e-4)
     assert wilson(0, 40)[0] == 0 and wilson(40, 40)[1] == 1

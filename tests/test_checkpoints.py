@@ -1,4 +1,5 @@
-"""Real checkpoints: each family against what `transformers` computes, what is refused, chat, the hub."""
+"""Real checkpoints: each family against what `transformers` computes, what is refused, chat,
+the hub."""
 import json
 import os
 import shutil
@@ -38,7 +39,8 @@ def copied(tmp_path):
 def change_config(directory, **changes):
     config = json.loads((directory / "config.json").read_text())
     config.update(changes)
-    (directory / "config.json").write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
+    (directory / "config.json").write_text(json.dumps(
+        {k: v for k, v in config.items() if v is not ...}))
 
 
 # ---- Parity ---------------------------------------------------------------------------------
@@ -82,11 +84,13 @@ def test_both_layouts_of_the_config_are_one_model(copied, family):
     directory = copied(family)
     rope = json.loads((directory / "config.json").read_text())["rope_parameters"]
     theta, kind = rope.pop("rope_theta"), rope.pop("rope_type")
-    for scaling in ({"type": kind, **rope}, {"rope_type": kind, **rope}, *([None] if kind == "default" else [])):
+    for scaling in ({"type": kind, **rope}, {"rope_type": kind, **rope},
+                    *([None] if kind == "default" else [])):
         change_config(directory, rope_parameters=..., rope_theta=theta, rope_scaling=scaling,
                       dtype=..., torch_dtype="float32")
         ids = golden(family)["ids"]
-        assert torch.equal(Transformer.load(directory)(ids), Transformer.load(FIXTURES / family)(ids))
+        assert torch.equal(Transformer.load(directory)(ids),
+                           Transformer.load(FIXTURES / family)(ids))
 
 
 def test_a_tied_model_may_store_its_head(copied):
@@ -114,7 +118,8 @@ def test_loading_holds_no_second_copy(tmp_path, dtype):
 import sys, threading, time, torch
 from model import Transformer
 def anonymous():
-    return next(int(l.split()[1]) for l in open("/proc/self/status") if l.startswith("RssAnon")) * 1024
+    return next(int(l.split()[1]) for l in open("/proc/self/status")
+                if l.startswith("RssAnon")) * 1024
 Transformer.load({str(FIXTURES / "qwen2")!r})       # what the libraries take once
 seen, done = [anonymous()], []
 def watch():
@@ -128,7 +133,8 @@ done.append(True)
 thread.join()
 print(max(seen) - seen[0])
 """
-    peak = int(subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, capture_output=True).stdout)
+    peak = int(subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True,
+                              capture_output=True).stdout)
     assert 0.9 * size < peak < 1.15 * size
 
 
@@ -136,16 +142,22 @@ print(max(seen) - seen[0])
 
 
 @pytest.mark.parametrize("family, change, complaint", [
-    ("qwen2", {"model_type": "mistral"}, "model_type 'mistral'"), ("qwen3", {"model_type": "qwen3_moe"}, "qwen3_moe"),
+    ("qwen2", {"model_type": "mistral"}, "model_type 'mistral'"),
+    ("qwen3", {"model_type": "qwen3_moe"}, "qwen3_moe"),
     ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
-    ("llama", {"rope_parameters": ..., "rope_scaling": {"type": "linear", "factor": 4.0}}, "rope type 'linear'"),
+    ("llama", {"rope_parameters": ..., "rope_scaling": {"type": "linear", "factor": 4.0}},
+     "rope type 'linear'"),
     ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "rope_scaling has no number factor"),
-    ("qwen2", {"hidden_act": "gelu"}, "hidden_act 'gelu'"), ("qwen2", {"use_sliding_window": True}, "sliding window"),
+    ("qwen2", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
+    ("qwen2", {"use_sliding_window": True}, "sliding window"),
     ("qwen3", {"layer_types": ["full_attention", "sliding_attention"]}, "sliding window"),
     ("qwen2", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config"),
-    ("llama", {"attention_bias": True}, "attention_bias"), ("llama", {"mlp_bias": True}, "mlp_bias"),
-    ("qwen2", {"hidden_size": "32"}, "hidden_size is '32'"), ("qwen2", {"num_hidden_layers": 0}, "num_hidden_layers is 0"),
-    ("qwen2", {"num_key_value_heads": 3}, "do not share"), ("qwen3", {"head_dim": 7}, "head_dim is 7")])
+    ("llama", {"attention_bias": True}, "attention_bias"),
+    ("llama", {"mlp_bias": True}, "mlp_bias"),
+    ("qwen2", {"hidden_size": "32"}, "hidden_size is '32'"),
+    ("qwen2", {"num_hidden_layers": 0}, "num_hidden_layers is 0"),
+    ("qwen2", {"num_key_value_heads": 3}, "do not share"),
+    ("qwen3", {"head_dim": 7}, "head_dim is 7")])
 def test_refused_by_name_before_any_weight_is_read(copied, family, change, complaint):
     directory = copied(family)
     change_config(directory, **change)
@@ -165,8 +177,10 @@ def edit_weights(directory, edit):
     (lambda s: (s.pop("model.norm.weight"), s.pop("model.layers.1.mlp.up_proj.weight")),
      "missing model.layers.1.mlp.up_proj.weight, model.norm.weight"),
     (lambda s: s.update({"model.extra": torch.ones(1)}), "extra model.extra"),
-    (lambda s: s.update({"model.norm.weight": torch.ones(31)}), "of another shape model.norm.weight"),
-    (lambda s: s.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}), "quantised model.norm.weight")])
+    (lambda s: s.update({"model.norm.weight": torch.ones(31)}),
+     "of another shape model.norm.weight"),
+    (lambda s: s.update({"model.norm.weight": torch.ones(32, dtype=torch.int8)}),
+     "quantised model.norm.weight")])
 def test_wrong_tensors_are_refused_by_their_keys(copied, edit, complaint):
     directory = copied("qwen2")
     edit_weights(directory, edit)
@@ -176,7 +190,8 @@ def test_wrong_tensors_are_refused_by_their_keys(copied, edit, complaint):
 
 def test_old_buffers_are_no_weights(copied):
     directory = copied("qwen2")
-    edit_weights(directory, lambda s: s.update({"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+    edit_weights(directory, lambda s: s.update(
+        {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
     Transformer.load(directory)
 
 
@@ -190,18 +205,23 @@ def rename_shard(to):
 
 
 @pytest.mark.parametrize("family, edit, complaint", [
-    ("qwen2", lambda d: (d / "model.safetensors").write_bytes((d / "model.safetensors").read_bytes()[:-9]), "cannot be read"),
+    ("qwen2", lambda d: (d / "model.safetensors").write_bytes(
+        (d / "model.safetensors").read_bytes()[:-9]), "cannot be read"),
     ("qwen2", lambda d: (d / "model.safetensors").write_bytes(b"\xff" * 999), "cannot be read"),
     ("qwen2", lambda d: (d / "model.safetensors").write_bytes(b""), "cannot be read"),
     ("qwen2", lambda d: (d / "model.safetensors").write_text(
         "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n"), "Git LFS pointer"),
     ("qwen2", lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"), "only pickles"),
-    ("qwen2", lambda d: (d / "model.safetensors").unlink(), "no weights in safetensors files: none"),
+    ("qwen2", lambda d: (d / "model.safetensors").unlink(),
+     "no weights in safetensors files: none"),
     ("qwen3", rename_shard("../model-00001-of-00003.safetensors"), "no plain name"),
-    ("qwen3", rename_shard("/etc/passwd"), "no plain name"), ("qwen3", rename_shard("model.bin"), "no plain name"),
-    ("qwen3", rename_shard(7), "no plain name"), ("qwen3", rename_shard("gone.safetensors"), "No such file"),
+    ("qwen3", rename_shard("/etc/passwd"), "no plain name"),
+    ("qwen3", rename_shard("model.bin"), "no plain name"),
+    ("qwen3", rename_shard(7), "no plain name"),
+    ("qwen3", rename_shard("gone.safetensors"), "No such file"),
     ("qwen3", lambda d: (d / "model-00002-of-00003.safetensors").unlink(), "No such file"),
-    ("qwen3", lambda d: (d / "model.safetensors.index.json").write_text("[]"), "no index of shards")])
+    ("qwen3", lambda d: (d / "model.safetensors.index.json").write_text("[]"),
+     "no index of shards")])
 def test_broken_weights_are_refused_as_what_they_are(copied, family, edit, complaint):
     directory = copied(family)
     edit(directory)
@@ -222,7 +242,8 @@ def test_chat_text_is_the_familys(family):
 
 @pytest.mark.parametrize("family, text", [
     ("qwen2", "<|im_start|>think\nhm\n<|im_start|>answer\nAnswer: 2<|im_end|>\n"),
-    ("qwen3", "<think>\nhm\n</think>\n\nAnswer: 2<|im_end|>\n"), ("llama", "<think>\nhm\n</think>\n\nAnswer: 2<|eot_id|>"),
+    ("qwen3", "<think>\nhm\n</think>\n\nAnswer: 2<|im_end|>\n"),
+    ("llama", "<think>\nhm\n</think>\n\nAnswer: 2<|eot_id|>"),
     ("r1", "<think>\nhm\n</think>\n\nAnswer: 2<｜end▁of▁sentence｜>")])
 def test_an_example_of_each_family(family, text):
     chat = Chat(FIXTURES / family)
@@ -244,8 +265,10 @@ def test_text_from_outside_is_never_a_control_token(family):
 
 
 def test_the_format_can_be_chosen_and_an_unknown_one_is_refused(copied):
-    assert Chat(FIXTURES / "qwen3", "qwen2.5", "s1").format == {"family": "qwen2.5", "thinking": "s1"}
-    with pytest.raises(BadInput, match=r"not those of llama3 \(known: deepseek-r1, llama3, qwen3, qwen2.5; --chat"):
+    assert Chat(FIXTURES / "qwen3", "qwen2.5", "s1").format == {
+        "family": "qwen2.5", "thinking": "s1"}
+    with pytest.raises(BadInput, match=r"not those of llama3 "
+                                       r"\(known: deepseek-r1, llama3, qwen3, qwen2.5; --chat"):
         Chat(FIXTURES / "qwen3", "llama3")
     directory = copied("qwen2")
     tokenizer = json.loads((directory / "tokenizer.json").read_text())
@@ -269,7 +292,8 @@ def test_stops_are_all_that_are_named(copied, config, generation, stops):
 
 def test_a_base_models_own_end_token_stops_it(copied, run, monkeypatch):
     directory = copied("qwen2")
-    row, = Sampler(Transformer.load(directory), 1, 72).generate([Chat(directory).prompt("hi")], max_new_tokens=9)
+    row, = Sampler(Transformer.load(directory), 1, 72).generate(
+        [Chat(directory).prompt("hi")], max_new_tokens=9)
     change_config(directory, eos_token_id=row.tokens[4])
     code, _, error = run("sample", "hi", "--model", directory)
     first = row.tokens.index(row.tokens[4])
@@ -283,7 +307,8 @@ def test_a_base_models_own_end_token_stops_it(copied, run, monkeypatch):
 def test_saved_and_loaded_is_the_same(family, tmp_path):
     model, ids = Transformer.load(FIXTURES / family), golden(family)["ids"]
     model.save(tmp_path, shard_bytes=60_000)
-    assert len([*tmp_path.glob("model-*-of-*.safetensors")]) > 1 and (tmp_path / "model.safetensors.index.json").is_file()
+    assert len([*tmp_path.glob("model-*-of-*.safetensors")]) > 1
+    assert (tmp_path / "model.safetensors.index.json").is_file()
     assert max(path.stat().st_size for path in tmp_path.glob("*.safetensors")) < 64_000
     assert torch.equal(Transformer.load(tmp_path)(ids), model(ids))
 
@@ -291,21 +316,24 @@ def test_saved_and_loaded_is_the_same(family, tmp_path):
 @each
 def test_five_steps_on_each_family_and_back(family, run, tmp_path):
     out = tmp_path / "out"
-    code, _, error = run("train", "--model", FIXTURES / family, "--n", 8, "--batch-size", 4, "--max-steps", 5,
-                         "--epochs", 3, "--out", out, "--save-dtype", "bfloat16")
+    code, _, error = run("train", "--model", FIXTURES / family, "--n", 8, "--batch-size", 4,
+                         "--max-steps", 5, "--epochs", 3, "--out", out, "--save-dtype", "bfloat16")
     assert code == 0, error
     assert json.loads((out / "config.json").read_text())["torch_dtype"] == "bfloat16"
-    assert (out / "tokenizer.json").read_bytes() == (FIXTURES / family / "tokenizer.json").read_bytes()
-    assert Chat(out).format == Chat(FIXTURES / family).format and Chat(out).stops == Chat(FIXTURES / family).stops
-    before, after = Transformer.load(FIXTURES / family).state_dict(), Transformer.load(out).state_dict()
+    assert ((out / "tokenizer.json").read_bytes()
+            == (FIXTURES / family / "tokenizer.json").read_bytes())
+    assert Chat(out).format == Chat(FIXTURES / family).format
+    assert Chat(out).stops == Chat(FIXTURES / family).stops
+    before = Transformer.load(FIXTURES / family).state_dict()
+    after = Transformer.load(out).state_dict()
     assert all(not torch.equal(before[name], after[name]) for name in before)
     code, printed, _ = run("sample", "1+1?", "--model", out, "--max-new-tokens", 5)
     assert code == 0 and printed.startswith("[")
 
 
 def test_the_thinking_format_is_recorded(run, tmp_path):
-    code, _, _ = run("train", "--model", FIXTURES / "qwen3", "--thinking", "s1", "--n", 4, "--max-steps", 1,
-                     "--out", tmp_path / "out")
+    code, _, _ = run("train", "--model", FIXTURES / "qwen3", "--thinking", "s1", "--n", 4,
+                     "--max-steps", 1, "--out", tmp_path / "out")
     assert code == 0 and Chat(tmp_path / "out").format == {"family": "qwen3", "thinking": "s1"}
 
 
@@ -315,27 +343,31 @@ def test_the_thinking_format_is_recorded(run, tmp_path):
 @each
 def test_transformers_loads_what_was_saved_here(family, run, tmp_path):
     transformers = pytest.importorskip("transformers")
-    code, _, _ = run("train", "--model", FIXTURES / family, "--n", 8, "--max-steps", 5, "--epochs", 5,
-                     "--batch-size", 4, "--out", tmp_path / "out")
+    code, _, _ = run("train", "--model", FIXTURES / family, "--n", 8, "--max-steps", 5,
+                     "--epochs", 5, "--batch-size", 4, "--out", tmp_path / "out")
     assert code == 0
-    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out",
+                                                               dtype=torch.float32)
     ids = golden(family)["ids"]
-    torch.testing.assert_close(Transformer.load(tmp_path / "out")(ids), theirs(ids).logits, atol=1e-4, rtol=0)
+    torch.testing.assert_close(Transformer.load(tmp_path / "out")(ids), theirs(ids).logits,
+                               atol=1e-4, rtol=0)
     # Not AutoTokenizer: by model_type it takes Qwen2's own splitting, whatever tokenizer.json says.
     text = transformers.PreTrainedTokenizerFast.from_pretrained(tmp_path / "out")
-    assert text("Wait, 12", add_special_tokens=False).input_ids == Chat(tmp_path / "out").text("Wait, 12")
+    assert (text("Wait, 12", add_special_tokens=False).input_ids
+            == Chat(tmp_path / "out").text("Wait, 12"))
 
 
 @pytest.mark.parametrize("kind, changes", [
-    ("Qwen2Config", {}), ("Qwen2Config", {"tie_word_embeddings": True}), ("Qwen3Config", {"head_dim": 32}),
+    ("Qwen2Config", {}), ("Qwen2Config", {"tie_word_embeddings": True}),
+    ("Qwen3Config", {"head_dim": 32}),
     ("LlamaConfig", {}), ("LlamaConfig", {"rope_parameters": {
-        "rope_type": "llama3", "rope_theta": 1e4, "factor": 32.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 16}})])
+        "rope_type": "llama3", "rope_theta": 1e4, "factor": 32.0, "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0, "original_max_position_embeddings": 16}})])
 def test_fresh_random_models_of_transformers(kind, changes, tmp_path):
     transformers = pytest.importorskip("transformers")
     config = getattr(transformers, kind)(
-        vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=1, initializer_range=0.2, **changes)
+        vocab_size=200, hidden_size=64, intermediate_size=96, num_hidden_layers=3,
+        num_attention_heads=4, num_key_value_heads=1, initializer_range=0.2, **changes)
     theirs = transformers.AutoModelForCausalLM.from_config(config)
     theirs.save_pretrained(tmp_path / "theirs", max_shard_size="100KB")
     ours, ids = Transformer.load(tmp_path / "theirs"), torch.randint(200, (2, 50))
@@ -366,14 +398,16 @@ class Hub(BaseHTTPRequestHandler):
     def do_GET(self):
         self.asked.append(f"{self.command} {self.path}")
         sha = "a" * 40
-        if self.path.startswith(("/api/models/someone/tiny/revision/v2", "/api/models/someone/tiny/tree/")):
-            listing = [{"rfilename": name, "path": name, "type": "file", "size": len(body), "oid": "0" * 40}
-                       for name, body in self.files.items()]
+        if self.path.startswith(("/api/models/someone/tiny/revision/v2",
+                                 "/api/models/someone/tiny/tree/")):
+            listing = [{"rfilename": name, "path": name, "type": "file", "size": len(body),
+                        "oid": "0" * 40} for name, body in self.files.items()]
             whole = {"id": "someone/tiny", "sha": sha, "siblings": listing, "private": False}
             return self.answer(json.dumps(listing if "/tree/" in self.path else whole).encode())
         name = self.path.split("/")[-1].split("?")[0]
         body = self.files.get(name) if self.path.startswith("/someone/tiny/resolve/") else None
-        self.answer(body, "application/octet-stream", ETag=f'"{abs(hash(name)):040x}"', X_Repo_Commit=sha)
+        self.answer(body, "application/octet-stream", ETag=f'"{abs(hash(name)):040x}"',
+                    X_Repo_Commit=sha)
 
     do_HEAD = do_GET
 
@@ -399,15 +433,17 @@ def test_a_hub_id_is_fetched_once_and_then_works_offline(hub, tmp_path):
                     "NO_PROXY": "127.0.0.1", "HF_HUB_DISABLE_TELEMETRY": "1"}
 
     def ask(name):
-        return subprocess.run([sys.executable, "sample.py", "hi", "--model", name, "--max-new-tokens", "3"],
-                              cwd=ROOT, env=environment, capture_output=True, text=True)
+        return subprocess.run(
+            [sys.executable, "sample.py", "hi", "--model", name, "--max-new-tokens", "3"],
+            cwd=ROOT, env=environment, capture_output=True, text=True)
     first = ask("someone/tiny@v2")
     assert first.returncode == 0, first.stderr
     fetched = " ".join(Hub.asked)
     assert "model-00003-of-00003.safetensors" in fetched and "chat_template.jinja" in fetched
     assert ".bin" not in fetched and ".py" not in fetched
     missing = ask("someone/else")
-    assert missing.returncode == 2 and missing.stderr.startswith("error: someone/else is no directory")
+    assert missing.returncode == 2
+    assert missing.stderr.startswith("error: someone/else is no directory")
     assert len(missing.stderr.splitlines()) == 1
     hub.shutdown()
     hub.server_close()
@@ -417,7 +453,8 @@ def test_a_hub_id_is_fetched_once_and_then_works_offline(hub, tmp_path):
 def test_what_begins_like_a_path_is_no_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "models").mkdir()
-    for name in ("out/student", "models/gone", str(tmp_path / "gone"), "./a", "../a", "one", "a/b/c"):
+    for name in ("out/student", "models/gone", str(tmp_path / "gone"),
+                 "./a", "../a", "one", "a/b/c"):
         assert data.local(name) == name
     with pytest.raises(BadInput, match="config.json|tokenizer"):
         Chat("models/gone")

@@ -8,7 +8,8 @@ import pytest
 
 import data
 from data import (BadInput, calculate, countdown_pieces, countdown_questions, countdown_traces,
-                  epoch_batches, extract, grade, load_traces, pack, read_rows, split, targets_of, teacher)
+                  epoch_batches, extract, grade, load_traces, pack, read_rows, split, targets_of,
+                  teacher)
 
 # ---- Chat -----------------------------------------------------------------------------------
 
@@ -16,7 +17,8 @@ from data import (BadInput, calculate, countdown_pieces, countdown_questions, co
 def test_example_is_the_recipes_text(chat):
     ids, first = chat.example("What is 1+1?", "  one and one\n", "2 ")
     assert chat.decode(ids) == (
-        "<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
+        "<|im_start|>system\n"
+        "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\nWhat is 1+1?<|im_end|>\n<|im_start|>assistant\n"
         "<|im_start|>think\none and one\n<|im_start|>answer\nAnswer: 2<|im_end|>\n")
     assert chat.decode(ids[first:]).startswith("<|im_start|>think\n")
@@ -52,7 +54,8 @@ def test_targets_are_shifted_by_one():
 
 @pytest.mark.parametrize("text, complaint", [
     ("", "empty"), ("\n\n", "empty"), ('{"question": "q"}\n{oops', "line 2: no JSON"),
-    ("[1, 2", "line 1: no JSON"), ("[]", "empty"), ('{"question": "q"}\n7', "line 2: not an object"),
+    ("[1, 2", "line 1: no JSON"), ("[]", "empty"),
+    ('{"question": "q"}\n7', "line 2: not an object"),
     ('{"thinking": "t", "answer": "a"}', "line 1: no question"),
     ('{"question": "q", "thinking": "t", "answer": " "}', "line 1: no answer"),
     ('[{"question": "q", "thinking": "t", "answer": 5}]', "entry 1: no answer")])
@@ -75,7 +78,8 @@ def test_traces_under_either_name_as_lines_or_list(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"question": "q", "thinking": "t", "answer": "a"}\n\n')
     (tmp_path / "b.json").write_text(json.dumps(
         [{"problem": "q", "gtruth_answer": "0", "message_thinking": "t", "message_content": "a"}]))
-    assert load_traces(tmp_path / "a.jsonl") == load_traces(tmp_path / "b.json") == [("q", "t", "a")]
+    assert (load_traces(tmp_path / "a.jsonl") == load_traces(tmp_path / "b.json")
+            == [("q", "t", "a")])
 
 
 # ---- Countdown ------------------------------------------------------------------------------
@@ -87,7 +91,8 @@ def test_parts_never_share_a_question():
                    for row in countdown_questions(part, n, 0)}
             for part, n in (("train", 3000), ("tune", 400), ("test", 500))}
     assert [len(keys[part]) for part in keys] == [3000, 400, 500]
-    assert not keys["train"] & keys["test"] and not keys["train"] & keys["tune"] and not keys["tune"] & keys["test"]
+    assert not keys["train"] & keys["test"] and not keys["train"] & keys["tune"]
+    assert not keys["tune"] & keys["test"]
     for numbers, target in keys["test"]:
         assert {split(p, target) for p in itertools.permutations(numbers)} == {"test"}
 
@@ -148,8 +153,9 @@ def test_the_teacher_shows_every_case_of_a_wait():
     """Re-checks that hold and that do not, going on after being tired, a second pass, giving up."""
     text = [thinking for _, thinking, _ in countdown_traces(3000, 0)]
     whole = "\n\n".join(text)
-    for pattern in (r" ok\nSo (.*)\nWait, is (\d+) \2\? ok\nSo \1\n\n", r"\? ok\nSo .*\nWait, is (\d+) \1\? ok\nSo", r"\? no\n\d+[-+*]",
-                    r" no\nWait\n\d+[-+*]"):
+    for pattern in (r" ok\nSo (.*)\nWait, is (\d+) \2\? ok\nSo \1\n\n",
+                    r"\? ok\nSo .*\nWait, is (\d+) \1\? ok\nSo",
+                    r"\? no\n\d+[-+*]", r" no\nWait\n\d+[-+*]"):
         assert re.search(pattern, whole), pattern
     for line in re.findall(r"Wait, is (\d+) (\d+)\? (ok|no)", whole):
         assert (line[0] == line[1]) == (line[2] == "ok")
@@ -160,7 +166,8 @@ def test_giving_up_is_a_rate():
     def wrong(give_up):
         rows = countdown_questions("train", 1000, 0)
         traces = countdown_traces(1000, 0, give_up)
-        return sum(not grade(f"Answer: {answer}", row["answer"]) for row, (_, _, answer) in zip(rows, traces))
+        return sum(not grade(f"Answer: {answer}", row["answer"])
+                   for row, (_, _, answer) in zip(rows, traces))
     assert wrong(0.0) < 30 < wrong(0.5) < wrong(1.0)
 
 
@@ -179,8 +186,8 @@ def test_calculate(text, value, used):
     assert calculate(text) == (value, used)
 
 
-@pytest.mark.parametrize("text", ["", "1+", "(1", "1)", "1 2", "2**3", "-1", "1/2", "a", "__import__('os')",
-                                  "9" * 101, "(" * 100, "3+²", "٣+1", "()"])
+@pytest.mark.parametrize("text", ["", "1+", "(1", "1)", "1 2", "2**3", "-1", "1/2", "a",
+                                  "__import__('os')", "9" * 101, "(" * 100, "3+²", "٣+1", "()"])
 def test_calculate_refuses(text):
     with pytest.raises(ValueError):
         calculate(text)
@@ -188,7 +195,8 @@ def test_calculate_refuses(text):
 
 @pytest.mark.parametrize("text, found", [
     ("Answer: 5", "5"), ("Answer: 1\nso\nFinal Answer: (1+2)*3\n", "(1+2)*3"), ("nothing", None),
-    (r"\boxed{1} and \boxed{\frac{1}{2}}.", r"\frac{1}{2}"), ("Answer:", None), (r"\boxed{open", None)])
+    (r"\boxed{1} and \boxed{\frac{1}{2}}.", r"\frac{1}{2}"),
+    ("Answer:", None), (r"\boxed{open", None)])
 def test_extract(text, found):
     assert extract(text) == found
 
@@ -211,7 +219,8 @@ def test_pack_keeps_every_token_once_and_restarts_positions():
     for row in rows:
         assert row["ids"].shape == row["positions"].shape == row["targets"].shape
         assert row["ids"].shape[1] == sum(row["lengths"]) <= 64
-        for ids, positions, targets in zip(*(row[k][0].split(row["lengths"]) for k in ("ids", "positions", "targets"))):
+        for ids, positions, targets in zip(*(row[k][0].split(row["lengths"])
+                                             for k in ("ids", "positions", "targets"))):
             assert positions.tolist() == list(range(len(ids)))
             assert targets.tolist() == targets_of(ids.tolist(), 1)
             documents.append(ids.tolist())
@@ -226,7 +235,8 @@ def test_order_is_a_function_of_seed_and_epoch():
     assert [len(batch) for batch in batches] == [4, 4, 2]
     assert sorted(itertools.chain(*batches)) == examples
     assert batches == list(epoch_batches(examples, 4, 0, 0))
-    assert batches != list(epoch_batches(examples, 4, 0, 1)) and batches != list(epoch_batches(examples, 4, 1, 0))
+    assert batches != list(epoch_batches(examples, 4, 0, 1))
+    assert batches != list(epoch_batches(examples, 4, 1, 0))
 
 
 def test_escape_leaves_no_control_character():

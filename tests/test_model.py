@@ -33,21 +33,23 @@ def plain_forward(state, config, ids, positions=None):
     for layer in range(config.num_hidden_layers):
         p = f"model.layers.{layer}."
         h = norm(x, w[p + "input_layernorm.weight"])
-        q, k, v = (F.linear(h, w[p + f"self_attn.{n}_proj.weight"], w[p + f"self_attn.{n}_proj.bias"])
-                   for n in "qkv")
+        q, k, v = (F.linear(h, w[p + f"self_attn.{n}_proj.weight"],
+                            w[p + f"self_attn.{n}_proj.bias"]) for n in "qkv")
         rows = []
         for t in range(len(ids)):
             heads = []
             for head in range(config.num_attention_heads):
                 mine = slice(head // groups * D, (head // groups + 1) * D)
                 query = turn(q[t, head * D:(head + 1) * D], positions[t])
-                scores = torch.stack([query @ turn(k[s, mine], positions[s]) for s in range(t + 1)]) / D ** 0.5
+                scores = torch.stack([query @ turn(k[s, mine], positions[s])
+                                      for s in range(t + 1)]) / D ** 0.5
                 heads.append(scores.softmax(0) @ v[:t + 1, mine])
             rows.append(torch.cat(heads))
         x = x + F.linear(torch.stack(rows), w[p + "self_attn.o_proj.weight"])
         h = norm(x, w[p + "post_attention_layernorm.weight"])
         gate = F.silu(F.linear(h, w[p + "mlp.gate_proj.weight"]))
-        x = x + F.linear(gate * F.linear(h, w[p + "mlp.up_proj.weight"]), w[p + "mlp.down_proj.weight"])
+        x = x + F.linear(gate * F.linear(h, w[p + "mlp.up_proj.weight"]),
+                         w[p + "mlp.down_proj.weight"])
     head = w.get("lm_head.weight", w["model.embed_tokens.weight"])
     return F.linear(norm(x, w["model.norm.weight"]), head)
 
@@ -61,7 +63,8 @@ def test_forward_is_qwen2(tied):
 
 
 def test_positions_are_the_callers():
-    """Gaps between positions count; equal steps from another start would not show (rotary is relative)."""
+    """Gaps between positions count; equal steps from another start would not show (rotary is
+    relative)."""
     model, positions = tiny_model(), [0, 1, 5, 9, 10, 30]
     ids = torch.tensor([3, 1, 4, 1, 5, 9])
     expected = plain_forward(model.state_dict(), model.config, ids, positions)
@@ -89,19 +92,22 @@ def test_packed_documents_are_alone():
 
 
 def test_ragged_cache_is_the_whole_forward():
-    """Prefill of rows of different lengths, then decoding them together, is the uncached forward."""
+    """Prefill of rows of different lengths, then decoding them together, is the uncached
+    forward."""
     model = tiny_model().eval()
     rows = [torch.randint(0, 64, (n,)).tolist() for n in (9, 4, 6)]
     cache = KVCache.empty(model.config, slots=3, length=16)
     with torch.no_grad():
         for slot, row in enumerate(rows):
             got = model(torch.tensor([row[:-3]]), cache=cache.slot(slot))[0, -1]
-            torch.testing.assert_close(got, model(torch.tensor([row[:-3]]))[0, -1], atol=1e-5, rtol=0)
+            torch.testing.assert_close(got, model(torch.tensor([row[:-3]]))[0, -1],
+                                       atol=1e-5, rtol=0)
         for step in (-3, -2, -1):
             got = model(torch.tensor([[row[step]] for row in rows]), cache=cache)[:, 0]
             for b, row in enumerate(rows):
                 end = len(row) + step + 1
-                torch.testing.assert_close(got[b], model(torch.tensor([row[:end]]))[0, -1], atol=1e-5, rtol=0)
+                torch.testing.assert_close(got[b], model(torch.tensor([row[:end]]))[0, -1],
+                                           atol=1e-5, rtol=0)
     assert cache.filled == [9, 4, 6]
 
 
@@ -120,7 +126,8 @@ def test_fused_loss_and_gradients(rows_in_chunk):
     torch.manual_seed(0)
     hidden, weight = torch.randn(10, 8), torch.randn(23, 8)
     targets = torch.randint(0, 23, (10,))
-    ours, plain = ([hidden.clone().requires_grad_(), weight.clone().requires_grad_()] for _ in range(2))
+    ours, plain = ([hidden.clone().requires_grad_(), weight.clone().requires_grad_()]
+                   for _ in range(2))
     loss = FusedLinearCrossEntropy.apply(*ours, targets, rows_in_chunk * 4 * 23)
     expected = plain_loss(*plain, targets)
     (loss * 0.3).backward()
@@ -143,9 +150,11 @@ def test_the_loss_never_holds_the_whole_logits():
                     largest = max(largest, tensor.numel())
             return out
 
-    hidden, weight = torch.randn(500, 4, requires_grad=True), torch.randn(300, 4, requires_grad=True)
+    hidden = torch.randn(500, 4, requires_grad=True)
+    weight = torch.randn(300, 4, requires_grad=True)
     with Watch():
-        FusedLinearCrossEntropy.apply(hidden, weight, torch.zeros(500, dtype=torch.long), 7 * 4 * 300).backward()
+        FusedLinearCrossEntropy.apply(hidden, weight, torch.zeros(500, dtype=torch.long),
+                                      7 * 4 * 300).backward()
     assert largest == 7 * 300
 
 
@@ -193,14 +202,19 @@ def test_save_and_load_are_the_same_model(tmp_path):
     ids = torch.arange(6)[None]
     assert torch.equal(again(ids), model(ids))
     assert "lm_head.weight" not in again.state_dict()
-    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == ["Qwen2ForCausalLM"]
+    assert json.loads((tmp_path / "config.json").read_text())["architectures"] == [
+        "Qwen2ForCausalLM"]
 
 
 @pytest.mark.parametrize("change, complaint", [
     ({"model_type": "gpt2"}, "gpt2"), ({"hidden_act": "relu"}, "relu"),
-    ({"use_sliding_window": True}, "sliding"), ({"rope_parameters": {"rope_type": "yarn"}}, "rope"), ({"rope_scaling": {"type": "yarn"}}, "rope"),
-    ({"quantization_config": {"bits": 4}}, "quantization"), ({"intermediate_size": 9}, "of another shape model"),
-    ({"num_hidden_layers": 3}, "missing model.layers.2"), ({"num_hidden_layers": 1}, "extra model.layers.1")])
+    ({"use_sliding_window": True}, "sliding"),
+    ({"rope_parameters": {"rope_type": "yarn"}}, "rope"),
+    ({"rope_scaling": {"type": "yarn"}}, "rope"),
+    ({"quantization_config": {"bits": 4}}, "quantization"),
+    ({"intermediate_size": 9}, "of another shape model"),
+    ({"num_hidden_layers": 3}, "missing model.layers.2"),
+    ({"num_hidden_layers": 1}, "extra model.layers.1")])
 def test_refusals_by_name(tmp_path, change, complaint):
     tiny_model().save(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())

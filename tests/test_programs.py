@@ -49,8 +49,9 @@ def test_the_loss_is_a_mean_over_the_steps_tokens(run, tiny, tmp_path):
     whole, losses, _ = trained(run, tiny, tmp_path / "a", "--tokens-per-batch", 99999)
     parts, again, _ = trained(run, tiny, tmp_path / "b", "--tokens-per-batch", 330)
     assert losses == pytest.approx(again, abs=1e-5)
-    # Adam divides by the root of the square: a gradient of 1e-9 and one of 2e-9 move a weight alike,
-    # so a few near-zero gradients differ by much of a step; the losses above are the strict check.
+    # Adam divides by the root of the square: a gradient of 1e-9 and one of 2e-9 move a weight
+    # alike, so a few near-zero gradients differ by much of a step; the losses above are the strict
+    # check.
     for name in whole:
         torch.testing.assert_close(whole[name], parts[name], atol=1e-3, rtol=0)
 
@@ -62,17 +63,21 @@ def test_the_first_loss_is_the_plain_one(run, tiny, tmp_path):
     for trace in data.countdown_traces(10, 0):
         ids, first = chat.example(*trace)
         logits = model(torch.tensor([ids]))[0, first - 1:-1]
-        total += torch.nn.functional.cross_entropy(logits, torch.tensor(ids[first:]), reduction="sum").item()
+        total += torch.nn.functional.cross_entropy(logits, torch.tensor(ids[first:]),
+                                                   reduction="sum").item()
         count += len(ids) - first
     assert losses[0] == pytest.approx(total / count, abs=1e-4)
 
 
 def test_the_loop_is_the_recipes(run, tiny, tmp_path):
-    """Against a plain loop: AdamW (0.9, 0.95), no decay of vectors, clipping, schedule, epoch order."""
-    found, _, _ = trained(run, tiny, tmp_path / "a", "--epochs", 2, "--weight-decay", 0.1, "--clip", 0.5)
+    """Against a plain loop: AdamW (0.9, 0.95), no decay of vectors, clipping, schedule, epoch
+    order."""
+    found, _, _ = trained(run, tiny, tmp_path / "a", "--epochs", 2,
+                          "--weight-decay", 0.1, "--clip", 0.5)
     chat, model = data.Chat(tiny), Transformer.load(tiny)
     examples = [chat.example(*trace) for trace in data.countdown_traces(10, 0)]
-    moments = {name: [torch.zeros_like(p), torch.zeros_like(p)] for name, p in model.named_parameters()}
+    moments = {name: [torch.zeros_like(p), torch.zeros_like(p)]
+               for name, p in model.named_parameters()}
     batches = [batch for epoch in (0, 1) for batch in data.epoch_batches(examples, 4, 0, epoch)]
     for step, batch in enumerate(batches):
         model.zero_grad()
@@ -86,7 +91,8 @@ def test_the_loop_is_the_recipes(run, tiny, tmp_path):
             m.mul_(0.9).add_(g, alpha=0.1)
             v.mul_(0.95).addcmul_(g, g, value=0.05)
             p.data *= 1 - rate * (0.1 if p.dim() == 2 else 0)
-            p.data -= rate * m / (1 - 0.9 ** (step + 1)) / ((v / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8)
+            p.data -= (rate * m / (1 - 0.9 ** (step + 1))
+                       / ((v / (1 - 0.95 ** (step + 1))).sqrt() + 1e-8))
     # The mean, for the reason above; a wrong beta, decay, clip, rate or order gives 5e-4 and more.
     for name, p in model.named_parameters():
         assert (found[name] - p.data).abs().mean() < 1e-4, name
@@ -103,7 +109,8 @@ def test_over_long_examples_are_dropped_and_counted(run, tiny, tmp_path):
     limit = sorted(lengths)[6]
     _, _, printed = trained(run, tiny, tmp_path / "a", "--tokens-per-batch", limit)
     kept = sum(length <= limit for length in lengths)
-    assert f"{kept} examples" in printed and f"{10 - kept} dropped as longer than {limit}" in printed
+    assert f"{kept} examples" in printed
+    assert f"{10 - kept} dropped as longer than {limit}" in printed
 
 
 def test_schedule():
@@ -115,7 +122,8 @@ def test_schedule():
 def test_pretraining_from_scratch_and_traces_of_another_tool(run, tiny, tmp_path):
     trained(run, tiny, tmp_path / "a", "--scratch", "--data", "pieces")
     (tmp_path / "r1.json").write_text(json.dumps(
-        [{"problem": "1+1?", "message_thinking": "Okay, so 1+1. " * 9, "message_content": r"\boxed{2}"}]))
+        [{"problem": "1+1?", "message_thinking": "Okay, so 1+1. " * 9,
+          "message_content": r"\boxed{2}"}]))
     trained(run, tiny, tmp_path / "b", "--data", tmp_path / "r1.json", "--max-steps", 1)
 
 
@@ -123,8 +131,8 @@ def test_a_run_leaves_a_whole_model_directory(run, tiny, tmp_path):
     out = tmp_path / "deep" / "student"
     trained(run, tiny, out)
     assert {path.name for path in out.iterdir()} == {
-        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "chat.json",
-        "model.safetensors", "metrics.jsonl", "arguments.json"}
+        "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
+        "chat.json", "model.safetensors", "metrics.jsonl", "arguments.json"}
     assert not list(out.parent.glob("*.draft"))
     assert json.loads((out / "arguments.json").read_text())["n"] == 10
 
@@ -135,17 +143,21 @@ def test_a_run_leaves_a_whole_model_directory(run, tiny, tmp_path):
 def test_train_then_evaluate(run, tiny, tmp_path):
     out = tmp_path / "student"
     trained(run, tiny, out)
-    code, printed, error = run("budget_force", "--model", out, "--base", tiny, "--n", 6, "--budgets", 0, 8, -1,
-                               "--waits", 1, "--max-length", 128, "--slots", 4)
+    code, printed, error = run("budget_force", "--model", out, "--base", tiny, "--n", 6,
+                               "--budgets", 0, 8, -1, "--waits", 1, "--max-length", 128,
+                               "--slots", 4)
     assert code == 0, error
     runs = [json.loads(line) for line in (out / "eval" / "runs.jsonl").read_text().splitlines()]
-    assert [(r["model"] == "student", r["method"], r["max_thinking"], r["waits"]) for r in runs] == [
+    found = [(r["model"] == "student", r["method"], r["max_thinking"], r["waits"]) for r in runs]
+    assert found == [
         (False, "direct", 0, 0), *((student, "budget", *setting) for student in (False, True)
                                    for setting in ((0, 0), (8, 0), (-1, 0), (-1, 1)))]
     assert all(r["thinking_tokens"] <= r["max_thinking"] for r in runs if r["max_thinking"] >= 0)
     rows = [json.loads(line) for line in (out / "eval" / "rows.jsonl").read_text().splitlines()]
-    assert len(rows) == 6 * len(runs) and sum(r["correct"] for r in rows) == sum(r["correct"] for r in runs)
-    assert [r["waits"] for r in rows[-6:]] == [1] * 6 and all(r["extensions"] <= r["waits"] for r in rows)
+    assert len(rows) == 6 * len(runs)
+    assert sum(r["correct"] for r in rows) == sum(r["correct"] for r in runs)
+    assert [r["waits"] for r in rows[-6:]] == [1] * 6
+    assert all(r["extensions"] <= r["waits"] for r in rows)
     assert json.loads((out / "eval" / "summary.json").read_text())["control"] == 100
     assert "1 Wait over 0" in printed and "unlimited + 1 Wait" in printed
     code, _, error = run("budget_force", "--model", out)
@@ -173,7 +185,8 @@ def test_only_the_answer_is_graded(chat, monkeypatch):
                 yield row
         return budget_force.evaluate(Scripted(), chat, [question], made)[0]
     assert graded("no\n<|im_start|>Answer: (3+5)*2<|im_end|>")["correct"]
-    assert graded("x (3+5)*2<|im_end|>", cut=True)["found"] == "(3+5)*2"     # x gave way to `Final Answer:`
+    # Here x gives way to `Final Answer:`.
+    assert graded("x (3+5)*2<|im_end|>", cut=True)["found"] == "(3+5)*2"
     assert not graded("Answer: (3+5)*2\n<|im_start|>Answer: 3*5<|im_end|>")["correct"]
     assert not graded("no\n<|im_start|>no\n<|im_start|>Answer: (3+5)*2<|im_end|>")["correct"]
 
@@ -188,7 +201,8 @@ def test_streaming_shows_forced_apart(run, tiny):
 
 def test_show_marks_what_is_supervised(run):
     code, printed, _ = run("data", "show", "--n", 1)
-    assert code == 0 and "<|im_start|>assistant\n[<|im_start|>think\n" in printed and printed.endswith("\n]\n")
+    assert code == 0 and "<|im_start|>assistant\n[<|im_start|>think\n" in printed
+    assert printed.endswith("\n]\n")
     code, printed, _ = run("data", "show", "--n", 1, "--colour", "always")
     assert "\033[32m<|im_start|>think" in printed
 
@@ -201,7 +215,8 @@ def test_show_marks_what_is_supervised(run):
     ("train --data {tmp}/torn", "line 2: no JSON"), ("train --data {tmp}/unanswered", "no answer"),
     ("train --model {tmp}", "tokenizer.json"), ("train --n 0", "0 is less than 1"),
     ("train --tokens-per-batch 9", "longer than 9"), ("train --out {tmp}/full", "--overwrite"),
-    ("train --out {tmp}/full --overwrite", "holds no run"), ("train --out {tmp}/file/x", "File exists"),
+    ("train --out {tmp}/full --overwrite", "holds no run"),
+    ("train --out {tmp}/file/x", "File exists"),
     ("train --give-up 7", "more than 1"), ("train --model {tmp}/file", "tokenizer"),
     ("budget_force --model {tiny} {tmp}/none --base= --n 4", "config.json"),
     ("budget_force q --model {tiny} --wait=", "never empty"),
@@ -216,7 +231,8 @@ def test_show_marks_what_is_supervised(run):
     ("data show {tmp}/none.jsonl", "No such file"), ("data nothing", "invalid choice")])
 def test_bad_input_gets_one_line_and_exit_code_2(run, tiny, tmp_path, command, complaint):
     (tmp_path / "empty").write_text("")
-    (tmp_path / "torn").write_text('{"question": "q", "thinking": "t", "answer": "a"}\n{"question": ')
+    (tmp_path / "torn").write_text(
+        '{"question": "q", "thinking": "t", "answer": "a"}\n{"question": ')
     (tmp_path / "unanswered").write_text('{"question": "q", "thinking": "t"}')
     (tmp_path / "full").mkdir()
     (tmp_path / "file").write_text("x")
@@ -233,8 +249,8 @@ def test_bad_input_gets_one_line_and_exit_code_2(run, tiny, tmp_path, command, c
 
 def test_the_house_has_its_arrows():
     """Five programs, and only the imports the design allows."""
-    allowed = {"model": set(), "data": set(), "train": {"model", "data"}, "sample": {"model", "data"},
-               "budget_force": {"model", "data", "sample"}}
+    allowed = {"model": set(), "data": set(), "train": {"model", "data"},
+               "sample": {"model", "data"}, "budget_force": {"model", "data", "sample"}}
     assert {path.stem for path in ROOT.glob("*.py")} == set(allowed)
     for name, arrows in allowed.items():
         found = re.findall(r"^\s*(?:from|import) (\w+)", (ROOT / f"{name}.py").read_text(), re.M)

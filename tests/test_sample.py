@@ -1,4 +1,5 @@
-"""The sampler against one-row-at-a-time decoding without a cache, and its steering and streaming."""
+"""The sampler against one-row-at-a-time decoding without a cache, and its steering and
+streaming."""
 import pytest
 import torch
 from conftest import tiny_model
@@ -31,7 +32,8 @@ def test_rows_are_what_each_prompt_gives_alone(slots):
 
 
 def test_stop_length_and_order():
-    """A stop ends a row at once and its slot takes the next prompt; the cache's end ends a row too."""
+    """A stop ends a row at once and its slot takes the next prompt; the cache's end ends a row
+    too."""
     model = tiny_model()
     stop = greedy(model, prompts()[0], 3)[2]
     sampler = Sampler(model, 2, 12)
@@ -46,7 +48,8 @@ def test_stop_length_and_order():
 
 
 def test_steer_replaces_and_forced_tokens_are_read_by_the_model():
-    """Every third drawn token becomes 1, 2, 3: logged as forced, and what follows depends on them."""
+    """Every third drawn token becomes 1, 2, 3: logged as forced, and what follows depends on
+    them."""
     model = tiny_model()
 
     def steer(row, token):
@@ -85,7 +88,8 @@ def test_draws_depend_on_seed_and_index_alone():
     model = tiny_model()
 
     def drawn(slots, seed=0, some=prompts()):
-        rows = Sampler(model, slots, 32).generate(some, max_new_tokens=12, temperature=1.0, seed=seed)
+        rows = Sampler(model, slots, 32).generate(some, max_new_tokens=12, temperature=1.0,
+                                                  seed=seed)
         return {row.index: row.tokens for row in rows}
     assert drawn(2) == drawn(7) != drawn(7, seed=1)
     assert drawn(4, some=prompts()[:3]) == {i: drawn(2)[i] for i in range(3)}
@@ -95,8 +99,8 @@ def test_draws_depend_on_seed_and_index_alone():
 def test_temperature_draws_from_the_distribution():
     """2,000 draws of the first token against the softmax: total variation under 0.1.
 
-    With 64 likely tokens and 2,000 draws the expected distance is about 0.5 * sqrt(64 / 2000) = 0.09
-    for a uniform distribution, and less for a peaked one, as here.
+    With 64 likely tokens and 2,000 draws the expected distance is about
+    0.5 * sqrt(64 / 2000) = 0.09 for a uniform distribution, and less for a peaked one, as here.
     """
     model = tiny_model()
     counts = torch.zeros(64)
