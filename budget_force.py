@@ -174,7 +174,7 @@ def wilson(correct, n, z=1.96):
 
 
 def gain(rows, others, z=1.96):
-    """Points that `rows` gained over `others` on the same questions: mean and 95% interval, paired."""
+    """Points that `rows` gained over `others`, question by question: mean and 95% interval."""
     differences = [100 * (row["correct"] - other["correct"]) for row, other in zip(rows, others)]
     mean = statistics.fmean(differences)
     half = z * statistics.pstdev(differences) / math.sqrt(len(differences))

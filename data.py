@@ -151,7 +151,8 @@ class Chat:
         name = family or said.get("family") or next(
             (name for name, family in FAMILIES.items() if family.sign <= self.control.keys()), None)
         if name not in FAMILIES or not FAMILIES[name].sign <= self.control.keys():
-            raise BadInput(f"{self.path}: its tokens are not those of {name or 'a known format'} "
+            asked = name or "a known chat format"
+            raise BadInput(f"{self.path}: its tokens are not those of {asked} "
                            f"(known: {', '.join(FAMILIES)}; --chat chooses)")
         self.family = FAMILIES[name]
         style = thinking or said.get("thinking") or self.family.thinking
@@ -162,8 +163,9 @@ class Chat:
         self.opening, self.closing = THINKING_STYLES[style]
         self.think, self.answer = self.render(self.opening), self.render(self.closing)
         self.end = self.render(self.family.tail)[0]
-        self.stops = {self.end} | {number for name in ("config.json", "generation_config.json")
-            number for number in listed(read_object(self.directory / name).get("eos_token_id"))}
+        self.stops = {self.end}
+        for name in ("config.json", "generation_config.json"):
+            self.stops |= listed(read_object(self.directory / name).get("eos_token_id"))
         self.ends = {self.answer[0]} | self.stops       # drawn while thinking, these want to end it
 
     def text(self, text):
@@ -224,7 +226,7 @@ def read_object(path):
 
 def listed(value):
     """eos_token_id as it is met: a number, a list of them, or nothing."""
-    return [n for n in (value if isinstance(value, list) else [value]) if isinstance(n, int)]
+    return {n for n in (value if isinstance(value, list) else [value]) if isinstance(n, int)}
 
 
 def model_flags(add, **options):
