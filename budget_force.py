@@ -316,8 +316,8 @@ def compare(args):
     """Evaluate base and students over the budgets and the Waits; print, and write MODEL/eval."""
     settings = [(budget, 0) for budget in args.budgets] + [(-1, n) for n in args.waits if n]
     for directory in args.model:
-        if Path(directory, "eval").exists() and not args.overwrite:
-            raise BadInput(f"{directory}/eval already holds an evaluation: --overwrite it")
+        if home(directory).exists() and not args.overwrite:
+            raise BadInput(f"{home(directory)} already holds an evaluation: --overwrite it")
     for directory in filter(None, [args.base, *args.model]):
         load(directory, args)            # complain about the last one now, not after the first
     questions = countdown_questions(args.part, args.n, args.seed)
@@ -328,11 +328,16 @@ def compare(args):
         student = examine(directory, questions, settings, args)
         summary = summarise([run for run, _ in student])
         report(Path(directory).name, student, summary)
-        write(Path(directory, "eval"), base + student, summary)
+        write(home(directory), base + student, summary)
         students.append([run for run, _ in student])
         print(flush=True)
     if len(students) > 1:
         side_by_side(students)
+
+
+def home(name):
+    """Where the evaluation of a model is written: in its directory, of a hub id in out/NAME."""
+    return (Path(name) if Path(name).is_dir() else Path("out", Path(name).name)) / "eval"
 
 
 def report(name, results, summary):
@@ -370,7 +375,7 @@ def write(directory, results, summary):
     """rows.jsonl, runs.jsonl, summary.json and curve.png beside the final name, then renamed."""
     draft = directory.with_name(directory.name + ".draft")
     shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir()
+    draft.mkdir(parents=True)
     for name, objects in (("runs.jsonl", [run for run, _ in results]),
                           ("rows.jsonl", [row for _, rows in results for row in rows])):
         (draft / name).write_text("".join(json.dumps(o) + "\n" for o in objects), encoding="utf-8")
