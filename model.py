@@ -23,6 +23,8 @@ import safetensors.torch
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.utils.checkpoint import checkpoint
 
 
 class BadModel(ValueError):
@@ -370,7 +372,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        self.config = config
+        self.config, self.recompute = config, False
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
@@ -399,7 +401,10 @@ class Transformer(nn.Module):
         x = self.model.embed_tokens(ids)                                     # (B, T, C)
         for layer, block in enumerate(self.model.layers):
             cached = (cache, layer, positions, mask) if cache is not None else None
-            x = block(x, rope, lengths or [T], cached)
+            if self.recompute:      # keep a block's input alone, and run it again in backward
+                x = checkpoint(block, x, rope, lengths or [T], use_reentrant=False)
+            else:
+                x = block(x, rope, lengths or [T], cached)
         x = self.model.norm(x)
         if cache is not None:
             cache.advance(T)
@@ -428,11 +433,12 @@ class Transformer(nn.Module):
         return self
 
     @classmethod
-    def load(cls, directory, dtype=torch.float32, device="cpu"):
+    def load(cls, directory, dtype=torch.float32, device="cpu", prepare=None):
         """The model in a Hugging Face directory, its weights in `dtype` on `device`; else BadModel.
 
         The files are mapped, not read: each tensor goes from the file to its place, and there is
-        no second copy of the model.
+        no second copy of the model. `prepare` may share it out over processes (`fully_shard`)
+        before it has any memory; each process then reads its own rows.
         """
         with torch.device("meta"):
             model = cls(Config.load(directory)).to(dtype)
@@ -450,15 +456,18 @@ class Transformer(nn.Module):
         if any(wrong.values()):
             raise BadModel(f"{directory} does not fit its config.json: " + "; ".join(
                 f"{why} {', '.join(sorted(names))}" for why, names in wrong.items() if names))
+        if prepare:
+            prepare(model)
         model.to_empty(device=device)
         for name, place in model.state_dict().items():
-            place.copy_(files[name].get_tensor(name))
+            put(place, found[name])
         return model
 
     def save(self, directory, dtype=None, shard_bytes=5e9):
         """Write config.json and the weights, in their own `dtype` or another, into a directory that
-        is there: one safetensors file, or shards and their index where it would be larger."""
-        directory, shards, size = Path(directory), [{}], 0
+        is there: one safetensors file, or shards and their index where it would be larger. Of
+        several processes that share the model, all call this; those with None write nothing."""
+        shards, size = [{}], 0
         for name, p in self.state_dict().items():
             dtype = dtype or p.dtype
             size += p.numel() * dtype.itemsize
@@ -468,17 +477,36 @@ class Transformer(nn.Module):
         names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
         if len(shards) == 1:
             names = ["model.safetensors"]
-        else:
+        elif directory:
             total = sum(p.numel() * dtype.itemsize for p in self.parameters())
             index = {"metadata": {"total_size": total},
                      "weight_map": {k: name for name, shard in zip(names, shards) for k in shard}}
             (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
         for name, shard in zip(names, shards):
-            state = {key: p.detach().to("cpu", dtype).contiguous() for key, p in shard.items()}
-            safetensors.torch.save_file(state, directory / name, metadata={"format": "pt"})
+            state = {key: whole(p).to("cpu", dtype).contiguous() for key, p in shard.items()}
+            if directory:
+                safetensors.torch.save_file(state, directory / name, metadata={"format": "pt"})
+        if not directory:
+            return
         said = str(dtype).removeprefix("torch.")
         config = {**self.config.to_dict(), "dtype": said, "torch_dtype": said}  # newer, older name
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def whole(tensor):
+    """The tensor itself, or put together from the rows that several processes hold."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def put(place, source):
+    """Copy a tensor of a file (safetensors' slice) into its place; of shared ones our own rows."""
+    if isinstance(place, DTensor):
+        mesh, place = place.device_mesh, place.to_local()
+        rows = -(-source.get_shape()[0] // mesh.size())             # as torch.chunk deals them out
+        start = min(mesh.get_local_rank() * rows, source.get_shape()[0])
+        place.copy_(source[start:start + len(place)])
+    else:
+        place.copy_(source[:])
 
 
 INDEX = "model.safetensors.index.json"

@@ -1,24 +1,39 @@
 """Fine-tune a model on a thousand traces: s1's recipe (section 4.1) as one loop, top to bottom.
 
-In:   a model directory, and traces: the built-in Countdown teacher's or a file of yours.
-Out:  a model directory in the Hugging Face layout, with metrics.jsonl and arguments.json beside it.
+In:   a model, and traces: the built-in Countdown teacher's or a file of yours.
+Out:  a model directory in the Hugging Face layout, with metrics.jsonl and arguments.json beside it;
+      on the way checkpoints in OUT.steps, from which --resume goes on bitwise.
 
 With no flags it fine-tunes the tiny base on 1,000 Countdown traces. The base itself was made by the
-same loop, everything supervised: see assets/countdown-base/README.md.
+same loop, everything supervised: see assets/countdown-base/README.md. Larger models:
+torchrun --nproc-per-node N train.py ..., each process then holds its share of every tensor.
+
+Map:  arguments
+      cost         floating-point operations, derived; what a run would take (--plan)
+      checkpoints  whole directories, written beside and renamed; the newest one, and back into it
+      train        the loop
 """
+import hashlib
+import itertools
 import json
 import math
 import os
+import resource
 import shutil
+import signal
 import time
 from pathlib import Path
 
+import safetensors
+import safetensors.torch
 import torch
+import torch.distributed
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 from data import (GIVE_UP, BadInput, Chat, Parser, at_least, complaints, epoch_batches,
                   load_examples, local, model_flags, pack)
-from model import BadModel, Config, Transformer
+from model import BadModel, Config, Transformer, put, whole
 
 
 def arguments():
@@ -33,9 +48,12 @@ def arguments():
         help="how likely Countdown's teacher gives up when tired")
     add("--out", default="out/student", help="directory to write the result to")
     add("--overwrite", action="store_true", help="replace the run in --out")
+    add("--save-every", type=at_least(1), help="steps between checkpoints in OUT.steps")
+    add("--resume", action="store_true", help="go on from the newest checkpoint in OUT.steps")
     add("--epochs", type=at_least(1), default=8, help="passes over the examples")
     add("--max-steps", type=at_least(1), help="stop after so many optimizer steps")
-    add("--batch-size", type=at_least(1), default=16, help="sequences in an optimizer step")
+    add("--batch-size", type=at_least(1), default=16,
+        help="sequences in an optimizer step, over all processes")
     add("--tokens-per-batch", type=at_least(1), default=8192,
         help="tokens in a packed row; longer examples are dropped")
     add("--lr", type=at_least(0, float), default=2e-3, help="highest learning rate (s1, 32B: 1e-5)")
@@ -44,12 +62,80 @@ def arguments():
     add("--weight-decay", type=at_least(0, float), default=1e-4, help="AdamW's")
     add("--clip", type=at_least(0, float), default=1.0, help="largest global norm of the gradient")
     add("--seed", type=int, default=0, help="of the examples, their order and random weights")
+    add("--recompute", action="store_true", help="less memory: each block's forward runs twice")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
     add("--dtype", choices=("float32", "bfloat16"),
         help="to compute in, weights stay float32 (default: bfloat16 on cuda)")
     add("--save-dtype", choices=("float32", "bfloat16"), default="float32",
         help="of the written weights")
+    add("--plan", action="store_true", help="compute what the run would take, and stop")
+    add("--devices", type=at_least(1), default=1, help="for --plan: how many")
+    add("--device-tflops", type=at_least(0, float), help="a device's peak, for MFU and --plan")
+    add("--device-memory-gb", type=at_least(0, float), default=80, help="for --plan")
+    add("--mfu", type=at_least(0, float, 1), default=0.4, help="for --plan: share of the peak")
+    add("--usd-per-hour", type=at_least(0, float), help="price of a device")
     return parser.parse_args()
+
+
+# ---- Cost -----------------------------------------------------------------------------------
+
+
+def flops(config, lengths, supervised):
+    """Floating-point operations of a forward and backward pass over documents of these lengths.
+
+    A matrix of n numbers costs 2n a token forward and twice that backward: 6n; the head only for
+    supervised tokens, as the loss drops the others. Attention in a document of T tokens multiplies
+    (T, D) by (D, T) and (T, T) by (T, D) in each head, 4 T^2 D; causality needs half of it, and
+    backward is twice forward: 6 T^2 D for each head of each layer.
+    """
+    C, D, L = config.hidden_size, config.head_dim, config.num_hidden_layers
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    layer = 2 * C * H * D + 2 * C * K * D + 3 * C * config.intermediate_size
+    return (6 * L * layer * sum(lengths) + 6 * C * config.vocab_size * supervised
+            + 6 * L * H * D * sum(T * T for T in lengths))
+
+
+def plan(args, config, examples, steps):
+    """Print memory, time and price of the run on the machine that the flags describe."""
+    with torch.device("meta"):
+        model = Transformer(config)
+    parameters = sum(p.numel() for p in model.parameters())
+    block = sum(p.numel() for p in model.model.layers[0].parameters())
+    C, T = config.hidden_size, args.tokens_per_batch
+    # What a block keeps for backward, a token, in bf16: its input, two norms, q, k, v and the
+    # attention's output, gate, up and their product. With --recompute the input alone, and one
+    # block's whole share at a time.
+    heads = config.num_attention_heads + config.num_key_value_heads
+    kept = 2 * (6 * C + 2 * heads * config.head_dim + 4 * config.intermediate_size)
+    layers = config.num_hidden_layers
+    activations = {False: T * layers * kept, True: T * (layers * 2 * C + kept)}
+    parts = {"weights, gradients and AdamW, float32": 16 * parameters / args.devices,
+             "two gathered blocks and the head, bf16": 2 * (2 * block + 2 * C * config.vocab_size)
+             if args.devices > 1 else 2 * C * config.vocab_size,
+             "activations": activations[args.recompute],
+             "gradient of the head, float32": 4 * C * config.vocab_size}
+    need, room = sum(parts.values()), args.device_memory_gb * 1e9
+    print(f"{parameters:,} parameters; memory of each of {args.devices} devices:")
+    for name, size in parts.items():
+        print(f"  {size / 1e9:8.2f} GB  {name}")
+    saved = activations[False] - activations[True]
+    advice = ("" if need <= room else ": --recompute makes it fit"
+              if not args.recompute and need - saved <= room else
+              ": more --devices, or a smaller --tokens-per-batch")
+    print(f"  {need / 1e9:8.2f} GB  of {args.device_memory_gb:g}: "
+          f"it {'fits' if need <= room else 'does not fit'}{advice}")
+    count = min(steps * args.batch_size, args.epochs * len(examples))
+    share = count / len(examples)
+    tokens = share * sum(len(ids) for ids, _ in examples)
+    total = share * sum(flops(config, [len(ids)], len(ids) - first) for ids, first in examples)
+    print(f"{steps:,} steps, {tokens:,.0f} tokens, {total:.3g} FLOPs")
+    if not args.device_tflops:
+        raise BadInput("--plan needs --device-tflops for the time")
+    seconds = total / (args.devices * args.device_tflops * 1e12 * args.mfu)
+    price = args.devices * seconds / 3600 * (args.usd_per_hour or 0)
+    print(f"{seconds / 60:,.1f} minutes at {100 * args.mfu:g}% of the peak, "
+          f"{args.devices * seconds / 3600:,.2f} hours of compute"
+          + (f", {price:,.2f} dollars" if args.usd_per_hour else ""))
 
 
 def learning_rate(step, steps, highest, warmup):
@@ -60,13 +146,29 @@ def learning_rate(step, steps, highest, warmup):
     return highest * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def save(directory, model, dtype, chat, records):
-    """Write beside the final name, flush to the disk, then rename: whole or not at all."""
+# ---- Checkpoints ----------------------------------------------------------------------------
+# A checkpoint is a model directory with the optimizer's state beside it. Everything else of a run
+# is a function of its arguments and the step: the order of the data, the learning rate.
+
+
+def save(directory, model, dtype, chat, records, optimizer=None):
+    """Write beside the final name, flush to the disk, then rename: whole or not at all.
+
+    Every process takes part, for each holds a share; the first one writes.
+    """
     final = Path(directory)
-    draft = final.with_name(final.name + ".draft")
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    draft = final.with_name(final.name + ".draft") if first_process() else None
+    if draft:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
     model.save(draft, dtype)
+    moments = {} if optimizer is None else {
+        f"{key}.{name}": whole(value).cpu() for name, p in model.named_parameters()
+        for key, value in optimizer.state[p].items()}
+    if not draft:
+        return
+    if moments:
+        safetensors.torch.save_file(moments, draft / "optimizer.safetensors")
     chat.save(draft)
     for name, text in records.items():
         (draft / name).write_text(text, encoding="utf-8")
@@ -79,23 +181,76 @@ def save(directory, model, dtype, chat, records):
     draft.rename(final)
 
 
+def newest(out):
+    """The newest whole checkpoint of OUT.steps: (directory, its run.json). BadInput: there is none."""
+    found = []
+    for path in sorted(Path(f"{out}.steps").glob("*")):
+        if path.name.isdecimal():
+            found.append(path)
+        else:
+            print(f"passed over {path}: half-written")
+    if not found:
+        raise BadInput(f"there is no checkpoint in {out}.steps to resume from")
+    return found[-1], json.loads((found[-1] / "run.json").read_text(encoding="utf-8"))
+
+
+def refuse_other(then, now):
+    """BadInput where a run is to be resumed that was another one, saying what differs."""
+    different = [f"--{key.replace('_', '-')} was {then.get(key)}, is {now[key]}" for key in now
+                 if then.get(key) != now[key]]
+    if different:
+        raise BadInput("this is not the run that was stopped: " + "; ".join(different))
+
+
+def restore(optimizer, model, path, step):
+    """Put the saved moments back, each process its share."""
+    with safetensors.safe_open(path / "optimizer.safetensors", framework="pt") as file:
+        for name, p in model.named_parameters():
+            state = optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device)}
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.zeros_like(p)
+                put(state[key], file.get_slice(f"{key}.{name}"))
+
+
+def first_process():
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+# ---- The loop -------------------------------------------------------------------------------
+
+
+def memory(device):
+    """The most memory this process has held, in bytes: of the GPU, else its resident memory."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
 def main():
     args = arguments()
-    with complaints(BadModel):
+    with complaints(BadModel, safetensors.SafetensorError):
         train(args)
 
 
 def train(args):
-    out = Path(args.out)
-    if out.exists() and not args.overwrite:
+    out, source = Path(args.out), local(args.model)
+    if out.exists() and not args.overwrite and not args.plan:
         raise BadInput(f"{out} is there already: choose another --out, or --overwrite it")
-    if out.exists() and not (out / "arguments.json").is_file():
+    if out.exists() and not (out / "arguments.json").is_file() and not args.plan:
         raise BadInput(f"{out} holds no run of this program, so it is not overwritten")
-    out.parent.mkdir(parents=True, exist_ok=True)       # complain now, and not after the training
+    if not args.plan:
+        out.parent.mkdir(parents=True, exist_ok=True)   # complain now, and not after the training
+
+    # One process, or as many as torchrun started: each with a device of its own.
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    kind = torch.device(args.device).type
+    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" and world > 1 else args.device
+    if world > 1:
+        torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+    say = print if rank == 0 else lambda *_, **__: None
 
     # The examples: (ids, index of the first supervised token). An over-long one is dropped, never
     # cut: a trace without its end teaches to think without end (s1, section 4.1).
-    source = local(args.model)
     chat = Chat(source, args.chat, args.thinking)
     examples = load_examples(args.data, chat, args.n, args.seed, args.give_up)
     config = Config.load(source)
@@ -103,61 +258,135 @@ def train(args):
     kept = [example for example in examples if len(example[0]) <= longest]
     if not kept:
         raise BadInput(f"all {len(examples)} examples are longer than {longest} tokens")
-    tokens = sum(len(ids) for ids, _ in kept)
-    print(f"{len(kept):,} examples, {tokens:,} tokens a pass, "
-          f"{len(examples) - len(kept)} dropped as longer than {longest:,}", flush=True)
+    steps = args.epochs * math.ceil(len(kept) / args.batch_size)
+    steps = min(steps, args.max_steps or steps)
+    say(f"{len(kept):,} examples, {sum(len(ids) for ids, _ in kept):,} tokens a pass, "
+        f"{len(examples) - len(kept)} dropped as longer than {longest:,}", flush=True)
+    if args.plan:
+        return plan(args, config, kept, steps)
 
-    model = (Transformer(config).init_weights(args.seed) if args.scratch
-             else Transformer.load(source))
-    model.to(args.device).train()
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters on {args.device}", flush=True)
+    # What a run is a function of. Anything else may change when it is resumed.
+    run = {key: value for key, value in vars(args).items() if key not in (
+        "out", "overwrite", "save_every", "resume", "plan", "devices", "device_tflops",
+        "device_memory_gb", "mfu", "usd_per_hour", "save_dtype")}
+    run["data"] = hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:16]
+    first, metrics = 0, []
+    if args.resume:
+        source, state = newest(out)
+        refuse_other(state["run"], run)
+        first, metrics = state["step"], state["metrics"]
+        say(f"resumed from {source}, step {first}", flush=True)
+
+    autocast = args.dtype == "bfloat16" or args.dtype is None and kind == "cuda"
+
+    def shard(model):
+        model.recompute = args.recompute
+        if world > 1:
+            # No casting of inputs: the angles of the positions stay float32.
+            options = {"mesh": torch.distributed.init_device_mesh(kind, (world,)),
+                       "mp_policy": MixedPrecisionPolicy(
+                           param_dtype=torch.bfloat16 if autocast else None,
+                           reduce_dtype=torch.float32, cast_forward_inputs=False)}
+            for block in model.model.layers:
+                fully_shard(block, **options)
+            fully_shard(model, **options)
+
+    if args.scratch and not args.resume:
+        model = Transformer(config).init_weights(args.seed).to(device)
+        shard(model)
+    else:
+        model = Transformer.load(source, device=device, prepare=shard)
+    model.train()
+    say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {world} x {kind}", flush=True)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]        # norms and biases do not decay
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
                                    {"params": vectors, "weight_decay": 0.0}],
                                   lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    if args.resume:
+        restore(optimizer, model, source, first)
 
-    steps = args.epochs * math.ceil(len(kept) / args.batch_size)
-    steps = min(steps, args.max_steps or steps)
+    # Ctrl-C lets the step end, saves and stops; a second one stops at once.
+    stop = []
+    signal.signal(signal.SIGINT, lambda *_: (stop.append(True), signal.signal(
+        signal.SIGINT, signal.default_int_handler)))
     batches = (batch for epoch in range(args.epochs)
                for batch in epoch_batches(kept, args.batch_size, args.seed, epoch))
-    device = torch.device(args.device).type
-    autocast = args.dtype == "bfloat16" or args.dtype is None and device == "cuda"
-    metrics, started = [], time.perf_counter()
-    bar = tqdm(range(steps), unit="step", disable=None, dynamic_ncols=True)
-    for step, batch in zip(bar, batches):
+    bar = tqdm(range(first, steps), unit="step", disable=None if rank == 0 else True,
+               initial=first, total=steps, dynamic_ncols=True)
+    started, places, used = time.perf_counter(), 0, 0
+    for step, batch in zip(bar, itertools.islice(batches, first, None)):
+        began = time.perf_counter()
         # The loss of a step is the mean over its supervised tokens. They are counted over the
         # whole step before the first micro-batch: a mean of micro-batch means would weigh the
         # tokens of a short micro-batch more.
-        supervised = sum(len(ids) - first for ids, first in batch)
-        total = torch.zeros((), device=args.device)
-        for row in pack(batch, args.tokens_per_batch):
-            row["ids"] = row["ids"].to(args.device, non_blocking=True)
-            row["positions"] = row["positions"].to(args.device, non_blocking=True)
-            with torch.autocast(device, torch.bfloat16, enabled=autocast):
-                loss, _ = model(**row)
-            (loss / supervised).backward()
+        supervised = sum(len(ids) - begin for ids, begin in batch)
+        rows = list(pack(batch, args.tokens_per_batch))
+        total = torch.zeros((), device=device)
+        # All processes take as many rows: one that has none left computes a row for nothing.
+        for row in rows[rank::world] + [None] * (rank >= len(rows) % world > 0):
+            ids, positions, lengths, targets = (row or rows[0]).values()
+            targets = targets if row else torch.full_like(targets, -100)
+            with torch.autocast(kind, torch.bfloat16, enabled=autocast):
+                loss, _ = model(ids.to(device), positions.to(device), lengths, targets)
+            (loss / supervised * world).backward()      # fully_shard takes the mean over processes
             total += loss.detach() / supervised
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        if world > 1:
+            torch.distributed.all_reduce(total)
+        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args.lr, args.warmup)
-        if not torch.isfinite(norm):
-            raise BadInput(f"step {step}: the gradient is not finite; nothing was written")
+        if not torch.isfinite(norm + total):
+            raise BadInput(f"step {step}: loss {total:.3g}, gradient {norm:.3g}; nothing was changed. "
+                           f"Its examples begin with: " + "; ".join(
+                               repr(chat.decode(ids[begin:begin + 12])) for ids, begin in batch[:3]))
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        metrics.append({"step": step, "loss": total.item(), "lr": group["lr"],
-                        "grad_norm": norm.item(), "tokens": sum(len(ids) for ids, _ in batch)})
-        bar.set_postfix_str(f"loss {metrics[-1]['loss']:.3f}")
-    seconds = time.perf_counter() - started
 
-    seen = sum(row["tokens"] for row in metrics)
-    save(args.out, model, args.save_dtype and getattr(torch, args.save_dtype), chat, {
+        seconds = time.perf_counter() - began
+        tokens, cost = sum(len(ids) for ids, _ in batch), flops(
+            config, [len(ids) for ids, _ in batch], supervised)
+        used, places = used + tokens, places + args.tokens_per_batch * len(rows)
+        mfu = cost / seconds / world / (args.device_tflops * 1e12) if args.device_tflops else None
+        metrics.append({"step": step, "loss": total.item(), "lr": group["lr"], "tokens": tokens,
+                        "grad_norm": norm.item(), "tokens_per_second": tokens / seconds, "mfu": mfu,
+                        "flops": cost, "seconds": seconds, "memory_bytes": memory(kind)})
+        say(line(metrics[-1], steps), flush=True)
+        if stop or args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
+            checkpoint = Path(f"{out}.steps") / f"{step + 1:08}"
+            save(checkpoint, model, None, chat, {"run.json": json.dumps(
+                {"run": run, "step": step + 1, "metrics": metrics})}, optimizer)
+            if rank == 0:
+                for older in checkpoint.parent.iterdir():
+                    if older != checkpoint:
+                        shutil.rmtree(older)
+        if stop:
+            say(f"stopped behind step {step + 1}: --resume goes on from {checkpoint}")
+            raise KeyboardInterrupt
+
+    save(out, model, args.save_dtype and getattr(torch, args.save_dtype), chat, {
         "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in metrics),
         "arguments.json": json.dumps(vars(args), indent=2) + "\n"})
-    last = metrics[-max(1, len(metrics) // 20):]
-    print(f"{steps} steps, {seen:,} tokens in {seconds:.0f} s ({seen / seconds:,.0f} a second), "
-          f"loss {metrics[0]['loss']:.3f} -> {sum(row['loss'] for row in last) / len(last):.3f}, "
-          f"written to {args.out}")
+    if rank:
+        return
+    shutil.rmtree(f"{out}.steps", ignore_errors=True)   # the run is whole: nothing to resume
+    seconds, last = time.perf_counter() - started, metrics[-max(1, len(metrics) // 20):]
+    compute = sum(row["seconds"] for row in metrics) * world / 3600
+    print(f"rows {100 * used / places:.1f}% full; {sum(row['flops'] for row in metrics):.3g} FLOPs, "
+          f"{compute:.3f} hours of compute"
+          + (f", {compute * args.usd_per_hour:.2f} dollars" if args.usd_per_hour else ""))
+    print(f"{steps} steps, {sum(row['tokens'] for row in metrics):,} tokens, this time {used:,} in "
+          f"{seconds:.0f} s ({used / seconds:,.0f} a second), loss {metrics[0]['loss']:.3f} -> "
+          f"{sum(row['loss'] for row in last) / len(last):.3f}, written to {args.out}")
+
+
+def line(row, steps):
+    """A step as a line."""
+    mfu = "" if row["mfu"] is None else f"  MFU {100 * row['mfu']:.1f}%"
+    left = (steps - row["step"] - 1) * row["seconds"]
+    return (f"step {row['step'] + 1}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+            f"norm {row['grad_norm']:.3f}  {row['tokens_per_second']:,.0f} tokens/s{mfu}  "
+            f"{row['memory_bytes'] / 1e9:.2f} GB  {left / 60:.1f} min left")
 
 
 if __name__ == "__main__":
