@@ -308,6 +308,22 @@ class KVCache:
 # ---- The loss -------------------------------------------------------------------------------
 
 
+def softmax_minus_one_hot(logits, targets, room=None):
+    """The summed loss of a chunk; its logits (n, V) become d loss / d logits, by way of float32.
+
+    `room` (n, V) holds the softmax; a compiled kernel needs none. log Z is read off the largest
+    logit and its probability, which is never below 1/V.
+    """
+    top, t = logits.amax(1).float(), targets[:, None]
+    wanted = logits.gather(1, t)[:, 0].float()
+    p = (torch.softmax(logits.float(), 1) if room is None
+         else torch.softmax(room.copy_(logits), 1, out=room))
+    loss = (top - p.amax(1).log() - wanted).sum()
+    missing = p.gather(1, t) - 1
+    logits.copy_(p).scatter_(1, t, missing.to(logits.dtype))
+    return loss
+
+
 class FusedLinearCrossEntropy(torch.autograd.Function):
     """Sum over rows of -log softmax(hidden @ weight.T)[target], both gradients in the same pass.
 
@@ -324,32 +340,38 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
 
     Both gradients are ready when forward ends, and backward only scales them. A sum and not a
     mean: the caller alone knows how many tokens the optimizer step has in all.
+
+    Large tensors are made once and used again by each chunk, for fresh memory costs more time than
+    the arithmetic; and the weight's gradient grows by a slice of the vocabulary at a time, so that
+    what is added to it is still in the processor's cache.
     """
+    compiled = False                    # --compile: `softmax_minus_one_hot` as one kernel
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk_bytes=4 * 2**20):
-        N, V = hidden.shape[0], weight.shape[0]
-        rows = max(1, chunk_bytes // (4 * V))         # the float32 softmax is what fills a chunk
+    def forward(ctx, hidden, weight, targets, chunk_bytes=None):
+        (N, C), V, on_cpu = hidden.shape, weight.shape[0], hidden.device.type == "cpu"
+        chunk_bytes = chunk_bytes or (2**25 if on_cpu else 2**30)
+        rows = max(1, min(N, chunk_bytes // (4 * V)))   # the float32 softmax is what fills a chunk
+        words = min(V, 4096 if on_cpu else 16384)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
         # The master weight may be float32 while the rows are bf16 (autocast): multiply in theirs.
         w = weight.to(hidden.dtype)
         loss = torch.zeros((), device=hidden.device)
-        grad_hidden = torch.zeros_like(hidden) if wants_hidden else None
+        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
+        all_logits, part = hidden.new_empty(rows, V), hidden.new_empty(words, C)
+        step, room = softmax_minus_one_hot, all_logits.new_empty(rows, V, dtype=torch.float32)
+        if FusedLinearCrossEntropy.compiled:
+            step, room = torch.compile(step, dynamic=True), None
         for start in range(0, N, rows):
             h, t = hidden[start:start + rows], targets[start:start + rows]   # (n, C), (n,)
-            p = (h @ w.T).float()                                            # (n, V)
-            log_z = p.logsumexp(1)                                           # (n,)
-            loss += (log_z - p.gather(1, t[:, None])[:, 0]).sum()
-            if not (wants_hidden or wants_weight):
-                continue
-            p.sub_(log_z[:, None]).exp_()
-            p.scatter_add_(1, t[:, None], p.new_full((len(t), 1), -1.0))
-            p = p.to(hidden.dtype)
+            logits = torch.mm(h, w.T, out=all_logits[:len(h)])               # (n, V)
+            loss += step(logits, t, None if room is None else room[:len(h)])
             if wants_hidden:
-                grad_hidden[start:start + rows] = p @ w
-            if wants_weight:
-                grad_weight += p.T @ h
+                torch.mm(logits, w, out=grad_hidden[start:start + rows])
+            for v in range(0, V, words) if wants_weight else ():
+                p = logits[:, v:v + words]
+                grad_weight[v:v + words] += torch.mm(p.T, h, out=part[:p.shape[1]])
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss
