@@ -308,20 +308,21 @@ class KVCache:
 # ---- The loss -------------------------------------------------------------------------------
 
 
-def softmax_minus_one_hot(logits, targets, room=None):
-    """The summed loss of a chunk; its logits (n, V) become d loss / d logits, by way of float32.
+def softmax_step(logits, targets, room=None):
+    """The summed loss of a chunk; its logits (n, V) become d loss / d logits: softmax minus one-hot.
 
-    `room` (n, V) holds the softmax; a compiled kernel needs none. log Z is read off the largest
-    logit and its probability, which is never below 1/V.
+    It is taken in float32, in `room` (n, V); a compiled kernel needs none. Returned beside the loss
+    is what the targets lack, p[target] - 1, (n, 1), as float32 has it.
     """
     top, t = logits.amax(1).float(), targets[:, None]
     wanted = logits.gather(1, t)[:, 0].float()
     p = (torch.softmax(logits.float(), 1) if room is None
          else torch.softmax(room.copy_(logits), 1, out=room))
+    # log Z is read off the largest logit and its probability, which is never below 1/V.
     loss = (top - p.amax(1).log() - wanted).sum()
-    missing = p.gather(1, t) - 1
-    logits.copy_(p).scatter_(1, t, missing.to(logits.dtype))
-    return loss
+    lacking = p.gather(1, t) - 1
+    logits.copy_(p)[torch.arange(len(t), device=t.device), targets] = lacking[:, 0].to(logits.dtype)
+    return loss, lacking
 
 
 class FusedLinearCrossEntropy(torch.autograd.Function):
@@ -341,16 +342,17 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
     Both gradients are ready when forward ends, and backward only scales them. A sum and not a
     mean: the caller alone knows how many tokens the optimizer step has in all.
 
-    Large tensors are made once and used again by each chunk, for fresh memory costs more time than
-    the arithmetic; and the weight's gradient grows by a slice of the vocabulary at a time, so that
-    what is added to it is still in the processor's cache.
+    In bf16 each product is rounded before it is summed, and most of a word's gradient comes from
+    the few rows it is the target of: these are left out of the product and added in float32. Large
+    tensors are made once and used by every chunk, for fresh memory costs more than the arithmetic;
+    and grad_weight grows by a slice of the vocabulary at a time, which stays in the cache.
     """
     compiled = False                    # --compile: `softmax_minus_one_hot` as one kernel
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk_bytes=None):
         (N, C), V, on_cpu = hidden.shape, weight.shape[0], hidden.device.type == "cpu"
-        chunk_bytes = chunk_bytes or (2**25 if on_cpu else 2**30)
+        chunk_bytes = chunk_bytes or (2**24 if on_cpu else 2**30)
         rows = max(1, min(N, chunk_bytes // (4 * V)))   # the float32 softmax is what fills a chunk
         words = min(V, 4096 if on_cpu else 16384)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
@@ -360,18 +362,22 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
         grad_hidden = torch.empty_like(hidden) if wants_hidden else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
         all_logits, part = hidden.new_empty(rows, V), hidden.new_empty(words, C)
-        step, room = softmax_minus_one_hot, all_logits.new_empty(rows, V, dtype=torch.float32)
+        step, room = softmax_step, all_logits.new_empty(rows, V, dtype=torch.float32)
         if FusedLinearCrossEntropy.compiled:
             step, room = torch.compile(step, dynamic=True), None
         for start in range(0, N, rows):
             h, t = hidden[start:start + rows], targets[start:start + rows]   # (n, C), (n,)
             logits = torch.mm(h, w.T, out=all_logits[:len(h)])               # (n, V)
-            loss += step(logits, t, None if room is None else room[:len(h)])
+            summed, lacking = step(logits, t, None if room is None else room[:len(h)])
+            loss += summed
             if wants_hidden:
                 torch.mm(logits, w, out=grad_hidden[start:start + rows])
-            for v in range(0, V, words) if wants_weight else ():
-                p = logits[:, v:v + words]
-                grad_weight[v:v + words] += torch.mm(p.T, h, out=part[:p.shape[1]])
+            if wants_weight:
+                logits[torch.arange(len(t), device=t.device), t] = 0
+                for v in range(0, V, words):
+                    p = logits[:, v:v + words]                               # (n, words)
+                    grad_weight[v:v + words] += torch.mm(p.T, h, out=part[:p.shape[1]])
+                grad_weight.index_add_(0, t, lacking * h)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -382,7 +388,10 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
         if grad_hidden is not None:
             grad_hidden = grad_hidden * grad_loss       # 0-dim: the dtype stays, 1/N unrounded
         if grad_weight is not None:
-            grad_weight = (grad_weight * grad_loss).to(ctx.weight_dtype)
+            scaled = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
+            for ours, out in zip(grad_weight.split(4096), scaled.split(4096)):
+                out.copy_(ours * grad_loss)                 # no second copy in float32
+            grad_weight = scaled
         return grad_hidden, grad_weight, None, None
 
 
@@ -440,6 +449,14 @@ class Transformer(nn.Module):
         hidden = x.flatten(0, 1)[supervised.to(x.device)]                    # (N, C)
         loss = FusedLinearCrossEntropy.apply(hidden, head, targets[supervised].to(x.device))
         return loss, len(supervised)
+
+    def compile_kernels(self):
+        """Let torch.compile fuse what lies between the matrix products. Attention stays as it is:
+        its documents have other lengths in each row."""
+        FusedLinearCrossEntropy.compiled = True
+        for block in self.model.layers:
+            for part in (block.mlp, block.input_layernorm, block.post_attention_layernorm):
+                part.compile(dynamic=True)
 
     def init_weights(self, seed):
         """Random weights for a start from nothing: normal, residual paths scaled down (GPT-2)."""

@@ -11,6 +11,7 @@ torchrun --nproc-per-node N train.py ..., each process then holds its share of e
 Map:  arguments
       cost         floating-point operations, derived; what a run would take (--plan)
       checkpoints  whole directories, written beside and renamed; the newest one, and back into it
+      gradients    what one optimizer step learns from its sequences, over rows and processes
       train        the loop
 """
 import hashlib
@@ -63,6 +64,8 @@ def arguments():
     add("--clip", type=at_least(0, float), default=1.0, help="largest global norm of the gradient")
     add("--seed", type=int, default=0, help="of the examples, their order and random weights")
     add("--recompute", action="store_true", help="less memory: each block's forward runs twice")
+    add("--compile", action="store_true", help="kernels made by torch.compile: up to minutes at "
+        "the start, needs a C++ compiler (or Triton on cuda)")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
     add("--dtype", choices=("float32", "bfloat16"),
         help="to compute in, weights stay float32 (default: bfloat16 on cuda)")
@@ -216,6 +219,49 @@ def first_process():
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
 
+# ---- The gradients of a step ----------------------------------------------------------------
+
+
+def gradients(model, batch, tokens_per_batch, device, autocast=False, rank=0, world=1):
+    """Add the gradient of the batch's mean loss to the parameters': (that loss, number of rows).
+
+    `batch`: examples (ids, first supervised). It is cut into packed rows, one forward and backward
+    each, and the rows are dealt out to the processes; the gradient is the same however it is cut.
+    For the loss of a step is the mean over all its supervised tokens: they are counted before the
+    first row, and each row's sum is divided by that count. A mean of the rows' means would weigh
+    the tokens of a short row more.
+    """
+    supervised = sum(len(ids) - first for ids, first in batch)
+    rows = list(pack(batch, tokens_per_batch))
+    total = torch.zeros((), device=device)
+    # All processes take as many rows: one that has none left computes a row for nothing.
+    for row in rows[rank::world] + [None] * (rank >= len(rows) % world > 0):
+        ids, positions, lengths, targets = (row or rows[0]).values()
+        targets = targets if row else torch.full_like(targets, -100)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=autocast):
+            loss, _ = model(ids.to(device), positions.to(device), lengths, targets)
+        (loss / supervised * world).backward()      # fully_shard takes the mean over processes
+        total += loss.detach() / supervised
+    if world > 1:
+        torch.distributed.all_reduce(total)
+    return total, len(rows)
+
+
+def share(model, kind, world, autocast):
+    """Deal the model's parameters out to the processes of torchrun (PyTorch's fully_shard).
+
+    They are gathered block by block to be computed with, in bf16 under autocast; gradients are
+    summed in float32. Inputs are not cast, for the angles of the positions stay float32.
+    """
+    options = {"mesh": torch.distributed.init_device_mesh(kind, (world,)),
+               "mp_policy": MixedPrecisionPolicy(
+                   param_dtype=torch.bfloat16 if autocast else None,
+                   reduce_dtype=torch.float32, cast_forward_inputs=False)}
+    for block in model.model.layers:
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+
+
 # ---- The loop -------------------------------------------------------------------------------
 
 
@@ -270,32 +316,27 @@ def train(args):
         "out", "overwrite", "save_every", "resume", "plan", "devices", "device_tflops",
         "device_memory_gb", "mfu", "usd_per_hour", "save_dtype")}
     run["data"] = hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:16]
-    first, metrics = 0, []
+    done, metrics = 0, []
     if args.resume:
         source, state = newest(out)
         refuse_other(state["run"], run)
-        first, metrics = state["step"], state["metrics"]
-        say(f"resumed from {source}, step {first}", flush=True)
+        done, metrics = state["step"], state["metrics"]
+        say(f"resumed from {source}, step {done}", flush=True)
 
     autocast = args.dtype == "bfloat16" or args.dtype is None and kind == "cuda"
 
-    def shard(model):
+    def prepare(model):
         model.recompute = args.recompute
+        if args.compile:
+            model.compile_kernels()
         if world > 1:
-            # No casting of inputs: the angles of the positions stay float32.
-            options = {"mesh": torch.distributed.init_device_mesh(kind, (world,)),
-                       "mp_policy": MixedPrecisionPolicy(
-                           param_dtype=torch.bfloat16 if autocast else None,
-                           reduce_dtype=torch.float32, cast_forward_inputs=False)}
-            for block in model.model.layers:
-                fully_shard(block, **options)
-            fully_shard(model, **options)
+            share(model, kind, world, autocast)
 
     if args.scratch and not args.resume:
         model = Transformer(config).init_weights(args.seed).to(device)
-        shard(model)
+        prepare(model)
     else:
-        model = Transformer.load(source, device=device, prepare=shard)
+        model = Transformer.load(source, device=device, prepare=prepare)
     model.train()
     say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {world} x {kind}", flush=True)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
@@ -304,7 +345,7 @@ def train(args):
                                    {"params": vectors, "weight_decay": 0.0}],
                                   lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
     if args.resume:
-        restore(optimizer, model, source, first)
+        restore(optimizer, model, source, done)
 
     # Ctrl-C lets the step end, saves and stops; a second one stops at once.
     stop = []
@@ -312,27 +353,12 @@ def train(args):
         signal.SIGINT, signal.default_int_handler)))
     batches = (batch for epoch in range(args.epochs)
                for batch in epoch_batches(kept, args.batch_size, args.seed, epoch))
-    bar = tqdm(range(first, steps), unit="step", disable=None if rank == 0 else True,
-               initial=first, total=steps, dynamic_ncols=True)
+    bar = tqdm(range(done, steps), unit="step", disable=None if rank == 0 else True,
+               initial=done, total=steps, dynamic_ncols=True)
     started, places, used = time.perf_counter(), 0, 0
-    for step, batch in zip(bar, itertools.islice(batches, first, None)):
+    for step, batch in zip(bar, itertools.islice(batches, done, None)):
         began = time.perf_counter()
-        # The loss of a step is the mean over its supervised tokens. They are counted over the
-        # whole step before the first micro-batch: a mean of micro-batch means would weigh the
-        # tokens of a short micro-batch more.
-        supervised = sum(len(ids) - begin for ids, begin in batch)
-        rows = list(pack(batch, args.tokens_per_batch))
-        total = torch.zeros((), device=device)
-        # All processes take as many rows: one that has none left computes a row for nothing.
-        for row in rows[rank::world] + [None] * (rank >= len(rows) % world > 0):
-            ids, positions, lengths, targets = (row or rows[0]).values()
-            targets = targets if row else torch.full_like(targets, -100)
-            with torch.autocast(kind, torch.bfloat16, enabled=autocast):
-                loss, _ = model(ids.to(device), positions.to(device), lengths, targets)
-            (loss / supervised * world).backward()      # fully_shard takes the mean over processes
-            total += loss.detach() / supervised
-        if world > 1:
-            torch.distributed.all_reduce(total)
+        total, rows = gradients(model, batch, args.tokens_per_batch, device, autocast, rank, world)
         norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args.lr, args.warmup)
@@ -345,8 +371,8 @@ def train(args):
 
         seconds = time.perf_counter() - began
         tokens, cost = sum(len(ids) for ids, _ in batch), flops(
-            config, [len(ids) for ids, _ in batch], supervised)
-        used, places = used + tokens, places + args.tokens_per_batch * len(rows)
+            config, [len(ids) for ids, _ in batch], sum(len(ids) - first for ids, first in batch))
+        used, places = used + tokens, places + args.tokens_per_batch * rows
         mfu = cost / seconds / world / (args.device_tflops * 1e12) if args.device_tflops else None
         metrics.append({"step": step, "loss": total.item(), "lr": group["lr"], "tokens": tokens,
                         "grad_norm": norm.item(), "tokens_per_second": tokens / seconds, "mfu": mfu,
