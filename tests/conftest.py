@@ -1,4 +1,5 @@
 """What several tests share. `python -m pytest` in the project's folder finds the programs."""
+import shutil
 import sys
 from pathlib import Path
 
@@ -40,6 +41,16 @@ def tiny_model(seed=0, **changes):
 @pytest.fixture(scope="session")
 def chat():
     return data.Chat(BASE)
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """A directory with a tiny random model over the base's tokenizer."""
+    directory = tmp_path_factory.mktemp("tiny")
+    tiny_model(vocab_size=1408).save(directory)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(BASE / name, directory)
+    return directory
 
 
 @pytest.fixture

@@ -6,22 +6,13 @@ import shutil
 import pytest
 import safetensors.torch
 import torch
-from conftest import BASE, ROOT, tiny_model
+from conftest import BASE, ROOT
 
 import budget_force
 import data
 import sample
 import train
 from model import Transformer
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory):
-    """A directory with a tiny random model over the base's tokenizer."""
-    directory = tmp_path_factory.mktemp("tiny")
-    tiny_model(vocab_size=1408).save(directory)
-    for name in ("tokenizer.json", "tokenizer_config.json"):
-        shutil.copy(BASE / name, directory)
-    return directory
 
 
 def trained(run, tiny, out, *arguments):

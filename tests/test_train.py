@@ -1,0 +1,390 @@
+"""train.py: gradients however a step is cut, several processes, crash and resume, cost."""
+import contextlib
+import json
+import math
+import os
+import random
+import resource
+import shutil
+import signal
+import socket
+import sys
+import time
+import traceback
+from types import SimpleNamespace
+
+import pytest
+import safetensors.torch
+import torch
+from conftest import tiny_model
+from torch.utils.flop_counter import FlopCounterMode
+
+import train
+from data import BadInput, pack
+from model import Config, Transformer
+
+
+def forked(function, **environment):
+    """The process id of a copy of this process that runs `function` and ends: Python is up."""
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        os.environ.update({key: str(value) for key, value in environment.items()})
+        with open(os.devnull, "w") as nothing, contextlib.redirect_stdout(nothing):
+            function()
+        code = 0
+    except SystemExit as stop:
+        code = stop.code or 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def two(function):
+    """Run `function` in two processes that find each other; both must end well."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    pids = [forked(function, WORLD_SIZE=2, RANK=rank, LOCAL_RANK=rank,
+                   MASTER_ADDR="127.0.0.1", MASTER_PORT=port) for rank in (0, 1)]
+    assert [os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids] == [0, 0]
+
+
+def command(tiny, out, *arguments):
+    return ["--model", tiny, "--out", out, "--n", 10, "--batch-size", 4, "--epochs", 2, *arguments]
+
+
+def call(*arguments):
+    """train.py in this process, without capturing: for forked ones."""
+    sys.argv = ["train.py", *map(str, arguments)]
+    train.main()
+
+
+def weights(directory):
+    return safetensors.torch.load_file(directory / "model.safetensors")
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def losses(out):
+    return [json.loads(line)["loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+# ---- Gradients ------------------------------------------------------------------------------
+
+
+def unequal(n=16, vocabulary=64):
+    """Examples from 4 to about 200 tokens, from a few to most of them supervised."""
+    rng = random.Random(0)
+    lengths = [4 + int(200 * rng.random() ** 4) for _ in range(n)]
+    return [([rng.randrange(vocabulary) for _ in range(T)], rng.randrange(1, T))
+            for T in lengths]
+
+
+def test_a_step_is_the_same_in_one_row_in_sixteen_and_on_two_processes(tmp_path, monkeypatch):
+    batch, found = unequal(), {}
+    longest = max(len(ids) for ids, _ in batch)
+    for room in (99999, longest):
+        model = tiny_model()
+        loss, rows = train.gradients(model, batch, room, "cpu")
+        found[rows] = {name: p.grad for name, p in model.named_parameters()}, loss
+    rows_of_longest = max(found)
+    assert 3 < rows_of_longest < 16
+    with monkeypatch.context() as patch:        # a row for each sequence
+        patch.setattr(train, "pack", lambda batch, room: (
+            row for example in batch for row in pack([example], room)))
+        model = tiny_model()
+        loss, rows = train.gradients(model, batch, longest, "cpu")
+        found[rows] = {name: p.grad for name, p in model.named_parameters()}, loss
+    assert sorted(found) == [1, rows_of_longest, 16]
+
+    def process():
+        torch.distributed.init_process_group("gloo")
+        rank, model = torch.distributed.get_rank(), tiny_model()
+        train.share(model, "cpu", 2, autocast=False)
+        loss, _ = train.gradients(model, batch, longest, "cpu", False, rank, 2)
+        gathered = {name: train.whole(p.grad).contiguous() for name, p in model.named_parameters()}
+        if rank == 0:
+            safetensors.torch.save_file({**gathered, "loss": loss}, tmp_path / "two")
+        torch.distributed.destroy_process_group()
+    two(process)
+    loaded = safetensors.torch.load_file(tmp_path / "two")
+    found["two processes"] = loaded, loaded.pop("loss")
+
+    expected, mean = found.pop(1)
+    for gradients, loss in found.values():
+        torch.testing.assert_close(loss, mean, atol=1e-5, rtol=0)
+        for name in expected:
+            torch.testing.assert_close(gradients[name], expected[name], atol=1e-5, rtol=0)
+
+
+def test_two_processes_train_as_one_does(run, tiny, tmp_path):
+    arguments = ("--n", 40, "--tokens-per-batch", 400, "--max-steps", 20)
+    code, _, error = run("train", *command(tiny, tmp_path / "one", *arguments))
+    assert code == 0, error
+    two(lambda: call(*command(tiny, tmp_path / "two", *arguments)))
+    assert len(losses(tmp_path / "two")) == 20
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), abs=1e-4)
+    one, shared = (Transformer.load(tmp_path / name) for name in ("one", "two"))
+    ids = torch.arange(20)[None]
+    torch.testing.assert_close(shared(ids), one(ids), atol=2e-2, rtol=0)  # Adam: see test_programs
+
+
+def test_recomputation_changes_the_memory_and_not_the_gradient():
+    """What is kept for backward is counted as it is kept."""
+    found = []
+    for recompute in (False, True):
+        model, kept = tiny_model(), []
+        model.recompute = recompute
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t,
+                                                      lambda t: t):
+            ids = torch.arange(60)[None]
+            loss, _ = model(ids, targets=ids)
+        loss.backward()
+        found.append((sum(kept), {name: p.grad for name, p in model.named_parameters()}))
+    (plain, expected), (less, got) = found
+    assert less < plain / 2
+    assert same(got, expected)
+
+
+def test_bfloat16_computes_in_bfloat16_over_float32_weights(run, tiny, tmp_path):
+    for dtype in ("float32", "bfloat16"):
+        assert run("train", *command(tiny, tmp_path / dtype, "--dtype", dtype))[0] == 0
+    assert losses(tmp_path / "bfloat16") != losses(tmp_path / "float32")
+    assert losses(tmp_path / "bfloat16") == pytest.approx(losses(tmp_path / "float32"), abs=0.1)
+    assert all(p.dtype == torch.float32 for p in weights(tmp_path / "bfloat16").values())
+
+
+def test_the_written_weights_are_of_the_dtype_asked_for(run, tiny, tmp_path):
+    assert run("train", *command(tiny, tmp_path / "a", "--save-dtype", "bfloat16"))[0] == 0
+    assert all(p.dtype == torch.bfloat16 for p in weights(tmp_path / "a").values())
+
+
+def test_rows_are_full():
+    """s1's lengths: 1,000 with a mean of about 4,700 tokens into rows of 32,768."""
+    rng = random.Random(0)
+    lengths = [min(30000, round(rng.lognormvariate(8.25, 0.62))) for _ in range(1000)]
+    assert 4000 < sum(lengths) / 1000 < 5400
+    rows = list(pack([([0] * T, 1) for T in lengths], 32768))
+    assert sorted(T for row in rows for T in row["lengths"]) == sorted(lengths)
+    assert all(sum(row["lengths"]) <= 32768 for row in rows)
+    assert sum(lengths) / (32768 * len(rows)) >= 0.95
+
+
+# ---- Crash and resume -----------------------------------------------------------------------
+
+
+def interrupt(monkeypatch, step):
+    """Ctrl-C while the line of this step is being printed, the first time it is."""
+    whole, done = train.line, []
+
+    def line(row, steps):
+        if row["step"] == step and not done:
+            done.append(True)
+            os.kill(os.getpid(), signal.SIGINT)
+        return whole(row, steps)
+    monkeypatch.setattr(train, "line", line)
+
+
+@pytest.fixture(autouse=True)
+def signals():
+    before = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.parametrize("step", [0, 2, 3])                # 3 steps an epoch: its middle, its end
+def test_ctrl_c_saves_and_resume_is_bitwise(run, tiny, tmp_path, monkeypatch, step):
+    assert run("train", *command(tiny, tmp_path / "whole"))[0] == 0
+    interrupt(monkeypatch, step)
+    code, printed, error = run("train", *command(tiny, tmp_path / "parts"))
+    assert code == 130 and "--resume" in printed and "Traceback" not in error
+    assert not (tmp_path / "parts").exists()
+    code, printed, _ = run("train", *command(tiny, tmp_path / "parts", "--resume"))
+    assert code == 0 and f"step {step + 1}\n" in printed
+    assert same(weights(tmp_path / "parts"), weights(tmp_path / "whole"))
+    assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
+    assert not (tmp_path / "parts.steps").exists()
+
+
+def test_checkpoints_come_when_asked_for_and_the_newest_stays(run, tiny, tmp_path, monkeypatch):
+    kept = []
+    save = train.save
+    monkeypatch.setattr(train, "save", lambda directory, *rest: (kept.append(directory.name),
+                                                                 save(directory, *rest)))
+    assert run("train", *command(tiny, tmp_path / "a", "--save-every", 2))[0] == 0
+    assert kept == ["00000002", "00000004", "a"]           # behind step 6 is the end
+
+
+def test_a_run_that_differs_is_not_resumed(run, tiny, tmp_path, monkeypatch):
+    interrupt(monkeypatch, 1)
+    assert run("train", *command(tiny, tmp_path / "a"))[0] == 130
+    before = weights(tmp_path / "a.steps" / "00000002")
+    for change, said in ((("--lr", 1e-4), "--lr was 0.002, is 0.0001"),
+                         (("--tokens-per-batch", 512), "--tokens-per-batch was 8192, is 512"),
+                         (("--seed", 1), "--seed was 0, is 1"), (("--n", 11), "--data was")):
+        code, _, error = run("train", *command(tiny, tmp_path / "a", "--resume", *change))
+        assert code == 2 and said in error and error.count("\n") == 1, error
+    assert same(weights(tmp_path / "a.steps" / "00000002"), before)
+    assert run("train", *command(tiny, tmp_path / "b", "--resume"))[0] == 2
+
+
+def test_a_half_written_checkpoint_is_passed_over_and_named(run, tiny, tmp_path, monkeypatch):
+    interrupt(monkeypatch, 1)
+    run("train", *command(tiny, tmp_path / "a"))
+    half = tmp_path / "a.steps" / "00000003.draft"
+    half.mkdir()
+    (half / "model.safetensors").write_bytes(b"\0" * 10)
+    code, printed, _ = run("train", *command(tiny, tmp_path / "a", "--resume"))
+    assert code == 0 and f"passed over {half}" in printed and "step 2\n" in printed
+
+
+def test_kill_at_any_moment_leaves_a_whole_checkpoint(tiny, tmp_path):
+    """SIGKILL at random moments, twenty times; what is left always loads, and goes on to the same
+    end as a run that nobody killed."""
+    out, whole = tmp_path / "a", tmp_path / "whole"
+
+    def start(out, *more):
+        return forked(lambda: call(*command(tiny, out, "--epochs", 20, *more)))
+
+    def goes_on():
+        there = any(path.name.isdecimal() for path in (tmp_path / "a.steps").glob("*"))
+        return start(out, "--save-every", 1, *(["--resume"] if there else []))
+
+    def end(pid):
+        return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+    assert end(start(whole)) == 0
+    rng, killed = random.Random(0), 0
+    while killed < 20:
+        pid = goes_on()
+        time.sleep(rng.uniform(0.02, 0.25))
+        os.kill(pid, signal.SIGKILL)
+        if end(pid) == 0:                       # it had come to its end: again from the beginning
+            assert same(weights(out), weights(whole))
+            shutil.rmtree(out)
+            continue
+        killed += 1
+        if list((tmp_path / "a.steps").glob("*[0-9]")):
+            checkpoint, state = train.newest(out)
+            Transformer.load(checkpoint)
+            assert state["step"] == int(checkpoint.name)
+    assert out.exists() or end(goes_on()) == 0
+    assert same(weights(out), weights(whole))
+
+
+def test_a_full_disk_leaves_the_last_checkpoint(run, tiny, tmp_path, monkeypatch):
+    interrupt(monkeypatch, 1)
+    run("train", *command(tiny, tmp_path / "a"))
+
+    def full():
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)       # writing beyond it is an error then
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+        with open(tmp_path / "error", "w") as error, contextlib.redirect_stderr(error):
+            call(*command(tiny, tmp_path / "a", "--resume", "--save-every", 1))
+    pid = forked(full)
+    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 2
+    error = (tmp_path / "error").read_text()
+    assert error.startswith("error: ") and error.count("\n") == 1, error
+    assert train.newest(tmp_path / "a")[1]["step"] == 2
+    assert run("train", *command(tiny, tmp_path / "a", "--resume"))[0] == 0
+
+
+def test_what_is_not_finite_never_touches_the_weights(run, tiny, tmp_path, monkeypatch):
+    whole, seen = train.gradients, []
+
+    def gradients(model, batch, *rest):
+        loss, rows = whole(model, batch, *rest)
+        seen.append({name: p.detach().clone() for name, p in model.named_parameters()})
+        if len(seen) == 3:
+            next(model.parameters()).grad[0, 0] = math.nan
+        return loss, rows
+    monkeypatch.setattr(train, "gradients", gradients)
+    code, _, error = run("train", *command(tiny, tmp_path / "a", "--save-every", 2))
+    assert code == 2 and "step 2: loss" in error and "gradient nan" in error
+    assert "examples begin with: '<|im_start|>" in error and error.count("\n") == 1
+    assert not (tmp_path / "a").exists()
+    checkpoint, _ = train.newest(tmp_path / "a")
+    assert same(weights(checkpoint), {name: seen[-1][name] for name in weights(checkpoint)})
+
+
+# ---- Cost -----------------------------------------------------------------------------------
+
+
+def test_flops_are_those_that_pytorch_counts():
+    """Of the matrix products; attention, which it counts in full, is half of that here."""
+    model, T = tiny_model(), 40
+    ids = torch.arange(T)[None]
+    with FlopCounterMode(display=False) as counter:
+        loss, _ = model(ids, targets=ids)
+        loss.backward()
+    c = model.config
+    attention = 6 * c.num_hidden_layers * c.num_attention_heads * c.head_dim * T * T
+    counted = {str(op): n for op, n in counter.get_flop_counts()["Global"].items()}
+    products = sum(n for op, n in counted.items() if op in ("aten.mm", "aten.addmm", "aten.bmm"))
+    ours = train.flops(c, [T], T) - attention
+    assert products == pytest.approx(ours, rel=1e-6)
+    two = train.flops(c, [10, 30], 0)
+    assert two - train.flops(c, [40], 0) == pytest.approx(-attention * (1 - (100 + 900) / 1600))
+
+
+PLAN = dict(devices=16, device_tflops=989, device_memory_gb=80, mfu=0.2, usd_per_hour=2,
+            epochs=5, batch_size=16, tokens_per_batch=32768, recompute=True)
+
+
+def test_the_plan_of_s1_takes_26_minutes(capsys):
+    config = Config(152064, 5120, 27648, 64, 40, 8)         # Qwen2.5-32B's
+    examples = [([0] * 4700, 300)] * 1000
+    train.plan(SimpleNamespace(**PLAN), config, examples, 315)
+    printed = capsys.readouterr().out
+    minutes = float(printed.split(" minutes")[0].split("\n")[-1])
+    assert 26 * 0.85 < minutes < 26 * 1.15
+    assert "32,76" in printed and "315 steps, 23,500,000 tokens" in printed
+    assert f"{16 * minutes / 60:.2f} hours" in printed or "hours of compute" in printed
+    assert "it fits" in printed
+
+
+def test_the_plan_says_what_would_make_it_fit(capsys):
+    config = Config(152064, 3584, 18944, 28, 28, 4)         # Qwen2.5-7B's
+    examples = [([0] * 4700, 300)] * 100
+    train.plan(SimpleNamespace(**{**PLAN, "recompute": False, "devices": 8,
+                                  "device_memory_gb": 40}), config, examples, 10)
+    assert "does not fit: --recompute makes it fit" in capsys.readouterr().out
+    train.plan(SimpleNamespace(**{**PLAN, "devices": 1}), config, examples, 10)
+    assert "does not fit: more --devices" in capsys.readouterr().out
+    with pytest.raises(BadInput, match="--device-tflops"):
+        train.plan(SimpleNamespace(**{**PLAN, "device_tflops": None}), config, examples, 10)
+
+
+def test_the_plan_reads_no_weights_and_writes_nothing(run, tiny, tmp_path):
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
+        (bare / name).write_bytes((tiny / name).read_bytes())
+    code, printed, error = run("train", *command(bare, tmp_path / "a", "--plan",
+                                                 "--device-tflops", 1))
+    assert code == 0 and "6 steps" in printed, error
+    assert [path.name for path in tmp_path.iterdir()] == ["bare"]
+
+
+def test_every_step_is_a_line_and_a_row_and_the_end_tells_the_cost(run, tiny, tmp_path):
+    code, printed, _ = run("train", *command(tiny, tmp_path / "a", "--device-tflops", 1,
+                                             "--usd-per-hour", 7200))
+    assert code == 0
+    lines = [line for line in printed.splitlines() if line.startswith("step ")]
+    rows = [json.loads(line) for line in (tmp_path / "a/metrics.jsonl").read_text().splitlines()]
+    assert len(lines) == len(rows) == 6
+    for line, row in zip(lines, rows):
+        assert f"loss {row['loss']:.4f}" in line and f"norm {row['grad_norm']:.3f}" in line
+        assert f"{row['tokens_per_second']:,.0f} tokens/s" in line and "MFU" in line
+        assert row["mfu"] == pytest.approx(row["flops"] / row["seconds"] / 1e12)
+        assert row["memory_bytes"] > 0
+    spent = sum(row["seconds"] for row in rows)
+    assert f"{2 * spent:.2f} dollars" in printed
+    assert f"{sum(row['flops'] for row in rows):.3g} FLOPs" in printed
