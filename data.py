@@ -236,7 +236,7 @@ def model_flags(add, **options):
     add("--thinking", choices=THINKING_STYLES, help="its delimiters (default: the format's own)")
 
 
-def local(name):
+def local(name, weights=True):
     """The directory of a model. A hub id is fetched with huggingface_hub, safetensors and text
     only, or taken from its cache; whatever begins like a path here is a path."""
     owner = Path(name).parts[:1]
@@ -248,7 +248,7 @@ def local(name):
     try:
         return huggingface_hub.snapshot_download(
             repository, revision=revision or None,
-            allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.txt"])
+            allow_patterns=["*.safetensors"] * weights + ["*.json", "*.jinja", "*.txt"])
     except Exception as error:                  # of a dozen kinds, its HTTP library's among them
         raise BadInput(f"{name} is no directory, and not to be had from the hub: "
                        f"{' '.join(str(error).split())[:200]}") from None

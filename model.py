@@ -309,7 +309,7 @@ class KVCache:
 
 
 def softmax_step(logits, targets, room=None):
-    """The summed loss of a chunk; its logits (n, V) become d loss / d logits: softmax minus one-hot.
+    """The summed loss of a chunk; its logits (n, V) become their gradient: softmax minus one-hot.
 
     It is taken in float32, in `room` (n, V); a compiled kernel needs none. Returned beside the loss
     is what the targets lack, p[target] - 1, (n, 1), as float32 has it.

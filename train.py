@@ -6,7 +6,7 @@ Out:  a model directory in the Hugging Face layout, with metrics.jsonl and argum
 
 With no flags it fine-tunes the tiny base on 1,000 Countdown traces. The base itself was made by the
 same loop, everything supervised: see assets/countdown-base/README.md. Larger models:
-torchrun --nproc-per-node N train.py ..., each process then holds its share of every tensor.
+torchrun --nproc-per-node N -- train.py ..., each process then holds its share of every tensor.
 
 Map:  arguments
       cost         floating-point operations, derived; what a run would take (--plan)
@@ -22,6 +22,7 @@ import os
 import resource
 import shutil
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -185,7 +186,7 @@ def save(directory, model, dtype, chat, records, optimizer=None):
 
 
 def newest(out):
-    """The newest whole checkpoint of OUT.steps: (directory, its run.json). BadInput: there is none."""
+    """The newest whole checkpoint of OUT.steps and its run.json. BadInput where there is none."""
     found = []
     for path in sorted(Path(f"{out}.steps").glob("*")):
         if path.name.isdecimal():
@@ -279,7 +280,7 @@ def main():
 
 
 def train(args):
-    out, source = Path(args.out), local(args.model)
+    out, source = Path(args.out), local(args.model, weights=not args.plan)
     if out.exists() and not args.overwrite and not args.plan:
         raise BadInput(f"{out} is there already: choose another --out, or --overwrite it")
     if out.exists() and not (out / "arguments.json").is_file() and not args.plan:
@@ -290,7 +291,9 @@ def train(args):
     # One process, or as many as torchrun started: each with a device of its own.
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
     kind = torch.device(args.device).type
-    device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if kind == "cuda" and world > 1 else args.device
+    device = args.device
+    if kind == "cuda" and world > 1:
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
     if world > 1:
         torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
     say = print if rank == 0 else lambda *_, **__: None
@@ -338,7 +341,8 @@ def train(args):
     else:
         model = Transformer.load(source, device=device, prepare=prepare)
     model.train()
-    say(f"{sum(p.numel() for p in model.parameters()):,} parameters on {world} x {kind}", flush=True)
+    parameters = sum(p.numel() for p in model.parameters())
+    say(f"{parameters:,} parameters on {world} x {kind}", flush=True)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]        # norms and biases do not decay
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
@@ -363,9 +367,9 @@ def train(args):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args.lr, args.warmup)
         if not torch.isfinite(norm + total):
-            raise BadInput(f"step {step}: loss {total:.3g}, gradient {norm:.3g}; nothing was changed. "
-                           f"Its examples begin with: " + "; ".join(
-                               repr(chat.decode(ids[begin:begin + 12])) for ids, begin in batch[:3]))
+            begin = "; ".join(repr(chat.decode(ids[first:first + 12])) for ids, first in batch[:3])
+            raise BadInput(f"step {step}: loss {total:.3g}, gradient {norm:.3g}; the weights were "
+                           f"not touched. Its examples begin with: {begin}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -377,7 +381,9 @@ def train(args):
         metrics.append({"step": step, "loss": total.item(), "lr": group["lr"], "tokens": tokens,
                         "grad_norm": norm.item(), "tokens_per_second": tokens / seconds, "mfu": mfu,
                         "flops": cost, "seconds": seconds, "memory_bytes": memory(kind)})
-        say(line(metrics[-1], steps), flush=True)
+        if rank == 0:
+            tqdm.write(line(metrics[-1], steps))        # above the bar
+            sys.stdout.flush()
         if stop or args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
             checkpoint = Path(f"{out}.steps") / f"{step + 1:08}"
             save(checkpoint, model, None, chat, {"run.json": json.dumps(
@@ -398,7 +404,8 @@ def train(args):
     shutil.rmtree(f"{out}.steps", ignore_errors=True)   # the run is whole: nothing to resume
     seconds, last = time.perf_counter() - started, metrics[-max(1, len(metrics) // 20):]
     compute = sum(row["seconds"] for row in metrics) * world / 3600
-    print(f"rows {100 * used / places:.1f}% full; {sum(row['flops'] for row in metrics):.3g} FLOPs, "
+    operations = sum(row["flops"] for row in metrics)
+    print(f"rows {100 * used / places:.1f}% full; {operations:.3g} FLOPs, "
           f"{compute:.3f} hours of compute"
           + (f", {compute * args.usd_per_hour:.2f} dollars" if args.usd_per_hour else ""))
     print(f"{steps} steps, {sum(row['tokens'] for row in metrics):,} tokens, this time {used:,} in "

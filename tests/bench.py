@@ -1,7 +1,7 @@
 """Speed, memory and error beside peers, all in one run: ratios count, not the milliseconds.
 
-    python tests/bench.py loss          the fused loss beside whole logits, PyTorch's and Liger's own
-    python tests/bench.py train         the loop beside transformers' model in a plain loop
+    python tests/bench.py loss      the fused loss beside whole logits, PyTorch's own and Liger's
+    python tests/bench.py train     the loop beside transformers' model in a plain loop
 
 A peer that is not installed is left out, and a line says so. `pip install transformers` (and
 liger-kernel on a CUDA machine) into an environment of its own. Times are medians of rounds in which
@@ -191,8 +191,8 @@ def shapes():
 
 
 def s1_like(n, scale, longest, vocabulary, rng):
-    """Examples with lengths spread like s1K's (mean 4,700 tokens, some three times as long), scaled;
-    the first tenth of each is the question."""
+    """Examples with lengths spread like s1K's (mean 4,700 tokens, some three times as long), times
+    `scale`; the first tenth of each is the question."""
     examples = []
     while len(examples) < n:
         T = round(scale * rng.lognormvariate(8.25, 0.62))
