@@ -352,7 +352,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk_bytes=None):
         (N, C), V, on_cpu = hidden.shape, weight.shape[0], hidden.device.type == "cpu"
-        chunk_bytes = chunk_bytes or (2**24 if on_cpu else 2**30)
+        chunk_bytes = chunk_bytes or (2**25 if on_cpu else 2**30)
         rows = max(1, min(N, chunk_bytes // (4 * V)))   # the float32 softmax is what fills a chunk
         words = min(V, 4096 if on_cpu else 16384)
         wants_hidden, wants_weight = ctx.needs_input_grad[:2]
