@@ -3,7 +3,7 @@
 In:   a model, and prompts as lists of token ids.
 Out:  rows as they finish: their tokens, which of them were forced, and why they ended.
 
-The engine in one sentence: admit waiting prompts into free slots, let `steer` look at the token
+The engine in one sentence: admit waiting rows into free slots, let `steer` look at the token
 each row would take, retire the finished rows, decode one token for every slot.
 
     slot 0  prompt a a a a a a . prompt d d d d d          . = finished, the next prompt moves in
@@ -11,9 +11,9 @@ each row would take, retire the finished rows, decode one token for every slot.
 
 It streams one answer to a terminal: python sample.py "Use 3, 5 and 2 with + - * to make 16."
 """
+import random
 import sys
-import zlib
-from collections import deque
+from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,17 +25,29 @@ from model import BadModel, KVCache, Transformer
 
 @dataclass
 class Row:
-    """One prompt on its way. A `steer` may keep what it likes in `memory`, and put token ids that
-    the next draw must not give into `banned`."""
-    index: int
+    """One sample of one prompt on its way. A `steer` may keep what it likes in `memory`, put token
+    ids that the next draw must not give into `banned`, and `withdraw` what went in last."""
+    index: int                                      # of the prompt
     prompt: list
+    sample: int = 0
     tokens: list = field(default_factory=list)      # what went in behind the prompt
     forced: list = field(default_factory=list)      # for each token: did we put it in?
-    finish: str | None = None                       # "stop", "max_new_tokens" or "length"
+    finish: str | None = None                       # "stop", "max_new_tokens", "length", "repetition"
     banned: set = field(default_factory=set)
     memory: Any = None
     queue: deque = field(default_factory=deque)     # forced tokens that still have to go in
-    generator: torch.Generator | None = None
+    seen: Counter = field(default_factory=Counter)  # runs of tokens so far, see `repeats`
+    draws: random.Random | None = None
+
+    def withdraw(self, n):
+        """Take the last n tokens back. Their places in the cache are simply written again."""
+        del self.tokens[len(self.tokens) - n:], self.forced[len(self.forced) - n:]
+
+    def repeats(self, times, n=20):
+        """Have the last n tokens now come so many times in this row? Asked once a token."""
+        run = hash(tuple(self.tokens[-n:]))
+        self.seen[run] += len(self.tokens) >= n
+        return self.seen[run] >= times > 0
 
 
 class Sampler:
@@ -50,14 +62,20 @@ class Sampler:
         weight = model.model.embed_tokens.weight
         self.device = weight.device
         self.cache = KVCache.empty(model.config, slots, max_length, weight.dtype, weight.device)
+        self.prefilled = {}                         # prompts with samples left: (k, v, logits)
         self.computed = 0                           # tokens that went through the model
 
-    def generate(self, prompts, steer=None, max_new_tokens=None, temperature=0.0, seed=0, stops=()):
-        """Yield a Row for each prompt (a list of ids), in the order in which they finish.
+    @torch.no_grad()
+    def generate(self, prompts, steer=None, samples=1, max_new_tokens=None, stops=(), seed=0,
+                 repeats=0, **chances):
+        """Yield `samples` Rows for each prompt (a list of ids), in the order in which they finish.
 
         steer(row, token) sees each token that was drawn before it goes in, and returns the tokens
         that go in instead; those it returns beyond [token] count as forced, and go in one a step.
-        temperature 0 is greedy; the draws of a row depend on `seed` and its index alone.
+        A row ends with a token of `stops`, after max_new_tokens, where the cache is full, or when
+        a run of 20 tokens has come `repeats` times (0: never mind). `chances` are those of
+        `probabilities`; left out, the likeliest token is taken. What a row draws depends on the
+        seed, its prompt and the number of the sample alone.
         BadInput where a prompt leaves no room for a single token.
         """
         prompts = list(prompts)
@@ -65,19 +83,18 @@ class Sampler:
             if not 0 < len(prompt) < self.max_length:
                 raise BadInput(f"a prompt of {len(prompt)} tokens does not fit into "
                                f"{self.max_length}")
-        waiting = deque(Row(index, prompt) for index, prompt in enumerate(prompts))
+        waiting = deque(Row(index, prompt, sample, draws=random.Random(f"{seed} {prompt} {sample}"))
+                        for index, prompt in enumerate(prompts) for sample in range(samples))
         rows = [None] * self.slots
         logits = torch.zeros(self.slots, self.model.config.vocab_size, device=self.device)
         while True:
             for slot in range(self.slots):
                 if rows[slot] is None and waiting:
-                    row = rows[slot] = waiting.popleft()
-                    key = zlib.crc32(f"{seed} {row.index}".encode())
-                    row.generator = torch.Generator().manual_seed(key)
-                    logits[slot] = self.prefill(slot, row.prompt)
+                    rows[slot] = waiting.popleft()
+                    logits[slot] = self.prefill(slot, rows[slot], samples)
             if not any(rows):
                 return
-            for slot, token in enumerate(self.draw(logits, rows, temperature)):
+            for slot, token in enumerate(self.draw(logits, rows, **chances)):
                 row = rows[slot]
                 if row is None:
                     continue
@@ -88,6 +105,8 @@ class Sampler:
                     row.finish = "max_new_tokens"
                 elif len(row.prompt) + len(row.tokens) == self.max_length:
                     row.finish = "length"
+                elif repeats and row.repeats(repeats):
+                    row.finish = "repetition"
                 if row.finish:
                     rows[slot] = None
                     yield row
@@ -106,50 +125,71 @@ class Sampler:
         row.forced.append(instead[0] != token)
         row.queue.extend(instead[1:])
 
-    def draw(self, logits, rows, temperature):
+    def draw(self, logits, rows, temperature=0.0, **filters):
         """The token each slot would take next: logits (slots, V) to a list of ids."""
         for slot, row in enumerate(rows):
             if row and row.banned:
                 logits[slot, list(row.banned)] = -torch.inf
-        tokens = logits.argmax(-1).tolist()
-        if temperature > 0:
-            chances = (logits.float() / temperature).softmax(-1).cpu()
-            for slot, row in enumerate(rows):
-                if row and not row.queue:
-                    token = torch.multinomial(chances[slot], 1, generator=row.generator)
-                    tokens[slot] = token.item()
-        return tokens
+        if temperature == 0:
+            return logits.argmax(-1).tolist()
+        # One number from 0 to 1 a row says where in its summed-up probabilities the draw falls.
+        u = [row.draws.random() if row and not row.queue else 0.0 for row in rows]
+        if logits.device.type == "mps":
+            logits = logits.cpu()                   # there is no float64 there
+        sums = probabilities(logits, temperature, **filters).cumsum(-1, dtype=torch.float64)
+        places = torch.tensor(u, dtype=sums.dtype, device=sums.device)[:, None] * sums[:, -1:]
+        return torch.searchsorted(sums, places, right=True)[:, 0].tolist()
 
-    @torch.no_grad()
-    def prefill(self, slot, prompt):
-        """Read a whole prompt into a slot; the logits (V,) behind its last token."""
-        self.cache.filled[slot] = 0
-        self.computed += len(prompt)
-        ids = torch.tensor([prompt], device=self.device)
-        return self.model(ids, cache=self.cache.slot(slot))[0, -1]
+    def prefill(self, slot, row, samples):
+        """Read a row's prompt into a slot; the logits (V,) behind its last token. The samples of a
+        prompt come one behind the other: the first reads it, the others copy what it left."""
+        cache, n = self.cache.slot(slot), len(row.prompt)
+        if row.sample == 0:
+            self.cache.filled[slot] = 0
+            self.computed += n
+            logits = self.model(torch.tensor([row.prompt], device=self.device), cache=cache)[0, -1]
+            kept = cache.k[..., :n, :].clone(), cache.v[..., :n, :].clone(), logits
+            self.prefilled = {**self.prefilled, row.index: kept} if samples > 1 else {}
+            return logits
+        cache.k[..., :n, :], cache.v[..., :n, :], logits = self.prefilled[row.index]
+        if row.sample == samples - 1:
+            del self.prefilled[row.index]
+        return logits
 
-    @torch.no_grad()
     def decode(self, rows):
         """Read the last token of every row; the logits (slots, V). Free slots idle at place 0."""
         for slot, row in enumerate(rows):
-            if row is None:
-                self.cache.filled[slot] = 0
+            self.cache.filled[slot] = len(row.prompt) + len(row.tokens) - 1 if row else 0
         self.computed += sum(row is not None for row in rows)
         ids = torch.tensor([[row.tokens[-1] if row else 0] for row in rows], device=self.device)
         return self.model(ids, cache=self.cache)[:, 0]
 
 
+def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
+    """Of logits (B, V) the probabilities (B, V), 0 for what a filter leaves out: all but the top_k
+    likeliest (0: none), what comes after the likeliest have top_p between them (nucleus sampling,
+    Holtzman et al., 2020), what is less than min_p times as likely as the likeliest."""
+    p = (logits.float() / temperature).softmax(-1)
+    p[p < min_p * p.amax(-1, keepdim=True)] = 0
+    if top_k or top_p < 1:
+        ranked, order = torch.sort(p, dim=-1, descending=True, stable=True)
+        ranked[ranked.cumsum(-1) - ranked >= top_p] = 0
+        ranked[:, top_k or len(p[0]):] = 0
+        p.scatter_(-1, order, ranked)
+    return p
+
+
 # ---- Streaming to a terminal ----------------------------------------------------------------
 
 
-def stream(sampler, chat, prompt, shown, steer=None, colour=None, **options):
+def stream(sampler, chat, prompt, shown, steer=None, held=0, colour=None, **options):
     """Generate one row and print it as it comes: forced text dim and yellow, [so] without colour.
 
     `shown` is how many tokens at the prompt's end to print first, as forced: the opening delimiter.
+    `held` is how many tokens `steer` may withdraw: so many are held back.
     """
     colour = sys.stdout.isatty() if colour is None else colour
     before, after = ("\033[2;33m", "\033[0m") if colour else ("[", "]")
-
     pending = []                                    # a character may take several tokens
 
     def write(tokens, forced, last=False):
@@ -161,21 +201,49 @@ def stream(sampler, chat, prompt, shown, steer=None, colour=None, **options):
         text = escape(text)
         print(f"{before}{text}{after}" if forced and text else text, end="", flush=True)
 
+    written = 0                                     # of the row's tokens
+
+    def catch_up(row, end):
+        """Write the row's tokens up to `end`, a stretch of sampled or forced ones at a time."""
+        nonlocal written
+        while written < end:
+            forced, start = row.forced[written], written
+            while written < end and row.forced[written] == forced:
+                written += 1
+            changes = written < len(row.forced) and row.forced[written] != forced
+            write(row.tokens[start:written], forced, last=forced or changes)
+
     def watch(row, token):
         instead = steer(row, token) if steer else [token]
-        sampled = instead[:1] == [token]
-        if sampled:
-            write([token], False, last=len(instead) > 1)
-        if instead[sampled:]:
-            write([], False, last=True)
-            write(instead[sampled:], True, last=True)
+        catch_up(row, len(row.tokens) - held)
         return instead
 
     if shown:
         write(prompt[-shown:], True, last=True)
     row, = sampler.generate([prompt], steer=watch, **options)
+    catch_up(row, len(row.tokens))
+    write([], False, last=True)
     print()
     return row
+
+
+def sampling_flags(add):
+    """The flags of how tokens are drawn; `sampling` makes of them what `generate` takes."""
+    add("--temperature", type=at_least(0, float), default=0.0, help="0 takes the likeliest token")
+    add("--top-k", type=at_least(0), default=0, help="draw among so many; 0 is all")
+    add("--top-p", type=at_least(0, float, 1), default=1.0,
+        help="draw among the likeliest that have so much probability between them")
+    add("--min-p", type=at_least(0, float, 1), default=0.0,
+        help="draw among those at least so many times as likely as the likeliest")
+    add("--repeats", type=at_least(0), default=0,
+        help="a row is stuck when 20 tokens came so many times, and ends; 0 lets it")
+    add("--seed", type=int, default=0, help="of the draws")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
+
+
+def sampling(args):
+    return {name: getattr(args, name)
+            for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
 
 
 def main():
@@ -185,18 +253,16 @@ def main():
     model_flags(add, default="out/student")
     add("--direct", action="store_true", help="answer at once: do not open the thinking")
     add("--max-new-tokens", type=at_least(1), default=1024, help="stop after so many tokens")
-    add("--temperature", type=at_least(0, float), default=0.0, help="0 takes the likeliest token")
-    add("--seed", type=int, default=0, help="of the draws")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
+    sampling_flags(add)
     args = parser.parse_args()
     with complaints(BadModel):
         model, chat = load(args.model, args)
         prompt = chat.prompt(args.question, thinking=not args.direct)
         length = min(len(prompt) + args.max_new_tokens, model.config.max_position_embeddings)
         row = stream(Sampler(model, 1, length), chat, prompt, 0 if args.direct else len(chat.think),
-                     stops=chat.stops, temperature=args.temperature, seed=args.seed)
+                     stops=chat.stops, repeats=args.repeats, **sampling(args))
         if row.finish != "stop":
-            print(f"(stopped after {len(row.tokens)} tokens)", file=sys.stderr)
+            print(f"(stopped after {len(row.tokens)} tokens: {row.finish})", file=sys.stderr)
 
 
 def load(name, args):

@@ -1,16 +1,25 @@
 """The sampler against one-row-at-a-time decoding without a cache, and its steering and
 streaming."""
+import random
+
 import pytest
 import torch
 from conftest import tiny_model
 
 from data import BadInput
-from sample import Sampler
+from sample import Sampler, probabilities
 
 
 def prompts(n=9):
     generator = torch.Generator().manual_seed(3)
     return [torch.randint(0, 64, (1 + i * 5 % 7,), generator=generator).tolist() for i in range(n)]
+
+
+def without_layers():
+    """A model in which a token's successor depends on it alone."""
+    model = tiny_model()
+    model.model.layers = torch.nn.ModuleList()
+    return model
 
 
 def greedy(model, prompt, n):
@@ -84,16 +93,82 @@ def test_banned_tokens_are_not_drawn():
     assert row.memory[0] == first and all(a != b for a, b in zip(row.memory, row.memory[1:]))
 
 
-def test_draws_depend_on_seed_and_index_alone():
+def test_draws_depend_on_seed_prompt_and_sample_alone():
+    """Whatever the slots, the order of the prompts, and what else is asked."""
     model = tiny_model()
 
-    def drawn(slots, seed=0, some=prompts()):
+    def drawn(slots, seed=0, some=prompts(), samples=2):
         rows = Sampler(model, slots, 32).generate(some, max_new_tokens=12, temperature=1.0,
-                                                  seed=seed)
-        return {row.index: row.tokens for row in rows}
+                                                  seed=seed, samples=samples)
+        return {(*row.prompt, "sample", row.sample): row.tokens for row in rows}
     assert drawn(2) == drawn(7) != drawn(7, seed=1)
-    assert drawn(4, some=prompts()[:3]) == {i: drawn(2)[i] for i in range(3)}
-    assert len({tuple(tokens) for tokens in drawn(4, some=[[5]] * 6).values()}) > 1
+    assert drawn(4) == drawn(3, some=prompts()[::-1]) and len(drawn(4)) == 18
+    alone = drawn(4, some=prompts()[3:5], samples=1)
+    assert alone == {key: drawn(2)[key] for key in alone}
+    assert len({tuple(tokens) for tokens in drawn(4, some=[[5]], samples=6).values()}) > 1
+
+
+def test_forced_tokens_use_up_no_draw():
+    """Each drawn token takes the next number of random.Random("seed prompt sample"), no other."""
+    model = without_layers()
+    forced, = Sampler(model, 1, 40).generate([[7]], lambda row, token: [token] if row.tokens
+                                             else [9, 8, 7], temperature=1.0, max_new_tokens=12)
+    assert forced.tokens[:3] == [9, 8, 7]
+    draws = random.Random("0 [7] 0")
+    draws.random()                                  # of the token that was replaced
+    expected, token = [], 7
+    for _ in range(9):
+        sums = probabilities(model(torch.tensor([[token]]))[0]).cumsum(-1, dtype=torch.float64)
+        token = torch.searchsorted(sums, draws.random() * sums[:, -1:], right=True).item()
+        expected.append(token)
+    assert forced.tokens[3:] == expected
+
+
+def test_samples_of_a_prompt_share_one_prefill():
+    """Tokens computed: each prompt once, and each row's but for the last. Greedy samples agree."""
+    for slots in (1, 2, 3, 16):
+        sampler = Sampler(tiny_model(), slots, 32)
+        rows = list(sampler.generate(prompts(), samples=3, max_new_tokens=5))
+        assert sampler.computed == sum(map(len, prompts())) + 27 * 4 and not sampler.prefilled
+        assert sorted((row.index, row.sample) for row in rows) == [
+            (index, sample) for index in range(9) for sample in range(3)]
+        for row in rows:
+            assert row.tokens == greedy(sampler.model, row.prompt, 5)
+
+
+def test_withdrawn_tokens_are_as_if_they_had_never_been():
+    """Twice a row's last three tokens are taken back for two others; what follows knows only
+    those."""
+    model, log = tiny_model(), []
+
+    def steer(row, token):
+        if len(row.tokens) == 6 and len(log) < 4:
+            log.append(row.index)
+            row.withdraw(3)
+            return [1, 2]
+        return [token]
+
+    for row in Sampler(model, 2, 40).generate(prompts()[:2], steer, max_new_tokens=12):
+        assert len(row.tokens) == len(row.forced) == 12
+        for i, forced in enumerate(row.forced):
+            if not forced:
+                assert row.tokens[i] == greedy(model, row.prompt + row.tokens[:i], 1)[0]
+        assert row.tokens[3:5] == [1, 2] and row.forced.count(True) == 2
+    assert sorted(log) == [0, 0, 1, 1]
+
+
+def test_a_row_that_repeats_itself_is_stopped():
+    """A model without layers goes round and round: a cycle of c tokens brings a run of 20 back
+    every c tokens."""
+    sampler = Sampler(without_layers(), 2, 400)
+    row, = sampler.generate([[5]], max_new_tokens=300)
+    assert row.finish == "max_new_tokens"
+    cycle = next(c for c in range(1, 65) if row.tokens[100:200] == row.tokens[100 + c:200 + c])
+    begin = next(i for i in range(300) if row.tokens[i:200] == row.tokens[i + cycle:200 + cycle])
+    for times in (2, 4):
+        row, = sampler.generate([[5]], max_new_tokens=300, repeats=times)
+        assert row.finish == "repetition"
+        assert len(row.tokens) == begin + 20 + (times - 1) * cycle
 
 
 def test_temperature_draws_from_the_distribution():
@@ -104,11 +179,45 @@ def test_temperature_draws_from_the_distribution():
     """
     model = tiny_model()
     counts = torch.zeros(64)
-    for row in Sampler(model, 50, 4).generate([[5]] * 2000, max_new_tokens=1, temperature=0.7):
+    for row in Sampler(model, 50, 4).generate([[5]], samples=2000, max_new_tokens=1,
+                                              temperature=0.7):
         counts[row.tokens[0]] += 1
     with torch.no_grad():
         expected = (model(torch.tensor([[5]]))[0, -1] / 0.7).softmax(0)
     assert (counts / 2000 - expected).abs().sum() / 2 < 0.1
+
+
+def test_filters_leave_out_what_they_say():
+    logits = torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15], [0.2, 0.2, 0.2, 0.2, 0.2]]).log()
+    for filters, kept in [(dict(top_k=2), [1, 3]), (dict(top_p=0.4), [1]),
+                          (dict(top_p=0.41), [1, 3]), (dict(top_p=0.86), [0, 1, 3, 4]),
+                          (dict(min_p=0.3), [1, 3, 4]), (dict(top_k=4, top_p=0.75), [1, 3, 4]),
+                          (dict(temperature=0.5, min_p=0.3), [1, 3]), (dict(), [0, 1, 2, 3, 4])]:
+        p = probabilities(logits.clone(), **filters)
+        assert p[0].nonzero()[:, 0].tolist() == kept, filters
+        whole = (logits / filters.get("temperature", 1)).softmax(-1)
+        torch.testing.assert_close(p[0, kept], whole[0, kept])
+    assert probabilities(logits, top_k=3)[1].count_nonzero() == 3       # ties do not pass a limit
+    model = tiny_model()
+    rows = Sampler(model, 8, 8).generate([[5]], samples=50, max_new_tokens=4, temperature=3.0,
+                                         top_k=1)
+    assert {tuple(row.tokens) for row in rows} == {tuple(greedy(model, [5], 4))}
+
+
+def test_a_free_slot_takes_the_next_prompt_at_once():
+    """One row of nine tokens beside four of three: while it runs, its neighbour's slot serves three
+    of them, idle only while a prompt is read."""
+    sampler, busy = Sampler(tiny_model(), 2, 12), []
+    decode = sampler.decode
+    sampler.decode = lambda rows: busy.append(sum(map(bool, rows))) or decode(rows)
+
+    def steer(row, token):
+        return [63] if len(row.tokens) == (8, 2, 2, 2, 2)[row.index] else [min(token, 62)]
+
+    rows = list(sampler.generate([[1, 2]] * 5, steer, stops={63}))
+    assert [row.index for row in rows] == [1, 2, 0, 3, 4]
+    assert busy == [2, 2, 1, 2, 2, 1, 2, 2, 1, 1]
+    assert sampler.cache.filled[1] <= 1             # the free slot filled no place of the cache
 
 
 @pytest.mark.parametrize("prompt", [[], [1] * 8, [1] * 99])
