@@ -31,16 +31,18 @@ from sample import Sampler, load, stream
 @dataclass
 class Thought:
     """Where a row stands: what `Budget` keeps in `row.memory`."""
-    tokens: int = 0                     # of thinking so far: sampled, and every appended `Wait`
+    start: int = 0                      # where thinking begins in row.tokens
     waits: int = 0                      # how often it was made to go on
-    ended: str | None = None            # "natural", "cut" (budget), "context" (no room left)
+    ended: str | None = None            # "natural", "cut" (budget), "context" (no room), "repetition"
+    tokens: int = 0                     # of thinking, once it has ended: sampled, and each `Wait`
     answer: int | None = None           # where the answer begins in row.tokens
     begin: int | None = None            # where what is sampled of it begins
+    answered: str | None = None         # how the answer ended: "natural" or "cut"
 
 
 @dataclass
 class Budget:
-    """Between `min` (so many `Wait`s) and `max` (so many tokens) of thinking, then an answer.
+    """Between `waits` (so many times `Wait`) and `max_thinking` tokens of thinking, then an answer.
 
                      wants to end, waits left: `Wait` instead
                     .------.
@@ -51,75 +53,109 @@ class Budget:
 
     It is a `steer`: called with a row and the token that was drawn, it returns the tokens that go
     in instead. It knows tokens and no model. One budget holds over all extensions, an appended
-    `Wait` is paid from it, and the opening and closing delimiters are free.
+    `Wait` is paid from it, and the opening and closing delimiters are free. A delimiter may be
+    several tokens: the first of them are then in the row when the last one shows what they were,
+    and are withdrawn.
     """
     max_thinking: int                   # tokens; 0 answers at once, -1 is no limit
     waits: int                          # how many ends of thinking are turned into a `Wait`
     close: list                         # the delimiter between thinking and answer
-    wait: list                          # what goes in where thinking wanted to end
+    wait: list                          # lists of tokens, used in turn, where it wanted to end
     final: list                         # what begins the answer when thinking was cut
     newline: list                       # goes before a cut's delimiter ...
     line_ends: frozenset                # ... unless the last token is one of these
-    ends: frozenset                     # drawn while thinking, these want to end it
+    ends: frozenset                     # tuples of tokens; drawn while thinking, they end it
     stop: int                           # ends the answer
+    stops: frozenset = frozenset()      # all that end a row when they are drawn in the answer
+    open: list = ()                     # begins the thinking, where the prompt has not done so
+    grace: float = 0.0                  # a share of the budget, within which a line may be finished
+    repeats: int = 0                    # a run of 20 tokens that came so often ends thinking; 0 not
     max_answer: int = 32                # tokens of the answer, of what is sampled
     room: int | None = None             # tokens of a row in all, what the sampler can hold
 
     @classmethod
-    def of(cls, chat, max_thinking=-1, waits=0, wait="Wait", final="Final Answer:", **others):
+    def of(cls, chat, max_thinking=-1, waits=0, wait=("Wait",), final="Final Answer:", **others):
         """The budget with a chat's own delimiters."""
-        if max_thinking < -1 or waits < 0 or not wait:
+        if max_thinking < -1 or waits < 0 or not all(wait):
             raise BadInput("a budget is at least -1 (no limit), waits at least 0 and never empty")
         vocabulary = range(chat.tokenizer.get_vocab_size())
         line_ends = (i for i, text in zip(vocabulary, chat.tokenizer.decode_batch(
             [[i] for i in vocabulary], skip_special_tokens=False)) if text.endswith("\n"))
-        return cls(max_thinking, waits, close=chat.answer, wait=chat.text(wait),
-                   final=chat.text(final),
-                   newline=chat.text("\n"), line_ends=frozenset(line_ends),
-                   ends=frozenset(chat.ends), stop=chat.end, **others)
+        return cls(max_thinking, waits, close=chat.answer, wait=[chat.text(text) for text in wait],
+                   final=chat.text(final), newline=chat.text("\n"), line_ends=frozenset(line_ends),
+                   ends=frozenset(chat.ends), stop=chat.end, stops=frozenset(chat.stops),
+                   open=chat.think, **others)
 
     def __call__(self, row, token):
         if row.memory is None:
-            row.memory = Thought()
+            opened = row.prompt[len(row.prompt) - len(self.open):] == list(self.open)
+            row.memory = Thought(start=0 if opened else len(self.open))
+            if not opened:
+                return self.open
         thought = row.memory
         if thought.ended:
-            spent = len(row.tokens) - thought.begin >= self.max_answer
-            return [self.stop] if spent or token in self.ends and token != self.stop else [token]
+            return self.go_on_answering(row, token)
 
-        left, why = self.left(row)
-        if token in self.ends:
-            if thought.waits < self.waits and len(self.wait) <= left:
+        if end := self.wants_to_end(row, token, thought.start):
+            row.withdraw(len(end) - 1)
+            wait = self.wait[thought.waits % len(self.wait)]
+            if thought.waits < self.waits and len(wait) <= self.left(row)[0]:
                 thought.waits += 1
-                thought.tokens += len(self.wait)
-                row.banned = self.ends          # the very next token may not want to end again
-                return self.wait
+                row.banned = {end[0] for end in self.ends}      # it may not want to end at once
+                return wait
             return self.finish(row, "natural", self.close, [])
+        left, why = self.left(row)
+        if self.repeats and row.repeats(self.repeats):
+            left, why = 0, "repetition"
         if left <= 0:
-            last = row.tokens[-1] if row.tokens else row.prompt[-1]
-            newline = [] if last in self.line_ends else self.newline
+            newline = [] if (row.tokens or row.prompt)[-1] in self.line_ends else self.newline
             return self.finish(row, why, newline + self.close, self.final)
-        thought.tokens += 1
         return [token]
+
+    def wants_to_end(self, row, token, start):
+        """Which of `ends` the token completes, in what is there from `start` on."""
+        for end in self.ends:
+            n = len(end) - 1
+            if token == end[-1] and len(row.tokens) - start >= n and (
+                    tuple(row.tokens[len(row.tokens) - n:]) == end[:-1]):
+                return end
+
+    def left(self, row):
+        """How many tokens of thinking are left, and what it is that ends them."""
+        budget, last = math.inf, (row.tokens or row.prompt)[-1]
+        if self.max_thinking >= 0:
+            budget = self.max_thinking - (len(row.tokens) - row.memory.start)
+            if budget <= 0 and last not in self.line_ends:
+                budget += int(self.grace * self.max_thinking)       # to finish its line
+        if self.room is None:
+            return budget, "cut"
+        context = self.room - len(row.prompt) - len(row.tokens) - self.closing
+        return (budget, "cut") if budget <= context else (context, "context")
 
     @property
     def closing(self):
         """Tokens that must be left in a row when thinking ends: the delimiter and the answer."""
         return len(self.newline + self.close + self.final) + self.max_answer + 1
 
-    def left(self, row):
-        """How many tokens of thinking are left, and what it is that ends them."""
-        budget = math.inf if self.max_thinking < 0 else self.max_thinking - row.memory.tokens
-        if self.room is None:
-            return budget, "cut"
-        context = self.room - len(row.prompt) - len(row.tokens) - self.closing
-        return (budget, "cut") if budget <= context else (context, "context")
-
     def finish(self, row, why, close, final):
         thought = row.memory
-        thought.ended = why
+        thought.ended, thought.tokens = why, len(row.tokens) - thought.start
         thought.answer = len(row.tokens) + len(close)
         thought.begin = thought.answer + len(final)
         return close + final
+
+    def go_on_answering(self, row, token):
+        """The answer ends by itself, when its own budget is spent, or when it would close again."""
+        thought = row.memory
+        if token in self.stops or token == self.stop:
+            thought.answered = "natural"
+            return [token]
+        if end := self.wants_to_end(row, token, thought.begin):
+            row.withdraw(len(end) - 1)
+        elif len(row.tokens) - thought.begin < self.max_answer:
+            return [token]
+        thought.answered = "cut"
+        return [self.stop]
 
 
 # ---- Evaluation -----------------------------------------------------------------------------
@@ -278,7 +314,10 @@ def arguments():
         help="thinking tokens at most; -1 is no limit")
     add("--waits", type=at_least(0), nargs="+", default=[1, 2],
         help="how many ends of thinking become a Wait, thinking unlimited; 0 for none")
-    add("--wait", default="Wait", help="what is appended where thinking wanted to end")
+    add("--wait", nargs="+", default=["Wait"],
+        help="what is appended where thinking wanted to end; several are used in turn")
+    add("--grace", type=at_least(0, float), default=0.0,
+        help="share of a budget by which thinking may pass it to finish its line")
     add("--max-answer", type=at_least(1), default=32, help="tokens of the answer")
     add("--part", choices=("test", "tune"), default="test",
         help="the held-out questions, or those to tune on")

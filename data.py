@@ -166,7 +166,12 @@ class Chat:
         self.stops = {self.end}
         for name in ("config.json", "generation_config.json"):
             self.stops |= listed(read_object(self.directory / name).get("eos_token_id"))
-        self.ends = {self.answer[0]} | self.stops       # drawn while thinking, these want to end it
+        # Drawn while thinking, these tuples want to end it. A closing of plain text may have any
+        # of its newlines in its last token.
+        closing = self.closing.rstrip("\n")
+        closings = [self.answer[:1]] if self.answer[0] in self.control.values() else [
+            self.render(closing + "\n" * n) for n in range(3)]
+        self.ends = {(stop,) for stop in self.stops} | {tuple(end) for end in closings}
 
     def text(self, text):
         """Token ids of plain text; `<|im_end|>` written in it is eight ordinary tokens or so."""

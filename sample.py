@@ -119,10 +119,11 @@ class Sampler:
             row.tokens.append(row.queue.popleft())
             row.forced.append(True)
             return
-        row.banned = set()
+        row.banned, before = set(), len(row.tokens)
         instead = list(steer(row, token)) if steer else [token]
+        drawn_here = len(row.tokens) == before      # and not behind what was withdrawn
         row.tokens.append(instead[0])
-        row.forced.append(instead[0] != token)
+        row.forced.append(not drawn_here or instead[0] != token)
         row.queue.extend(instead[1:])
 
     def draw(self, logits, rows, temperature=0.0, **filters):

@@ -2,19 +2,25 @@
 import random
 
 import pytest
+import torch
+from conftest import BASE, tiny_model
 
 from budget_force import Budget, gain, measure, summarise, wilson
-from data import BadInput
+from data import BadInput, Chat
 from sample import Row, Sampler
 
 # A toy vocabulary: END ends thinking, STOP the answer, NL is a line end; the rest is words.
-END, STOP, NL, CLOSE, WAIT, FINAL = 90, 91, 92, 93, 94, 95
+END, STOP, NL, CLOSE, WAIT, FINAL, OPEN, HMM = 90, 91, 92, 93, 94, 95, 96, 97
 
 
 def budget(max_thinking=-1, waits=0, **changes):
     return Budget(max_thinking, waits, **{**dict(
-        close=[END, CLOSE], wait=[WAIT], final=[FINAL], newline=[NL], line_ends=frozenset({NL}),
-        ends=frozenset({END, STOP}), stop=STOP, max_answer=3), **changes})
+        close=[END, CLOSE], wait=[[WAIT]], final=[FINAL], newline=[NL], line_ends=frozenset({NL}),
+        ends=frozenset({(END,), (STOP,)}), stop=STOP, max_answer=3), **changes})
+
+
+# A closing of three words of plain text, each of which may also be written for itself.
+PLAIN = dict(close=[80, 81, 82], ends=frozenset({(80, 81, 82), (80, 81, 83), (STOP,)}))
 
 
 def play(steer, script, prompt=(NL,)):
@@ -49,7 +55,7 @@ def play(steer, script, prompt=(NL,)):
      [1, WAIT, 2, WAIT, 3, END, CLOSE, 7, STOP], 5, 2, "natural"),
     ("one budget over all extensions", dict(max_thinking=4, waits=5), [1, END, 2, END, 3, 7, STOP],
      [1, WAIT, 2, WAIT, NL, END, CLOSE, FINAL, 7, STOP], 4, 2, "cut"),
-    ("no room for the Wait: a natural stop", dict(max_thinking=2, waits=1, wait=[WAIT, WAIT]),
+    ("no room for the Wait: a natural stop", dict(max_thinking=2, waits=1, wait=[[WAIT, WAIT]]),
      [1, END, 7, STOP], [1, END, CLOSE, 7, STOP], 1, 0, "natural"),
     ("the answer's own budget", dict(), [END, 4, 5, 6, 7, 8],
      [END, CLOSE, 4, 5, 6, STOP], 0, 0, "natural"),
@@ -57,6 +63,36 @@ def play(steer, script, prompt=(NL,)):
      [1, END, CLOSE, 7, STOP], 1, 0, "natural"),
     ("the context ends it like a cut", dict(room=13), [1, 2, 3, 4, 5, 7, 8, 9, 6],
      [1, 2, 3, 4, NL, END, CLOSE, FINAL, 7, 8, 9, STOP], 4, 0, "context"),
+    ("what is appended, in turn", dict(waits=3, wait=[[WAIT], [HMM, HMM]]),
+     [1, END, 2, END, 3, END, 4, END, 7, STOP],
+     [1, WAIT, 2, HMM, HMM, 3, WAIT, 4, END, CLOSE, 7, STOP], 8, 3, "natural"),
+    ("a closing of three tokens", PLAIN, [1, 80, 81, 82, 7, STOP],
+     [1, 80, 81, 82, 7, STOP], 1, 0, "natural"),
+    ("and in another spelling", PLAIN, [1, 80, 81, 83, 7, STOP],
+     [1, 80, 81, 82, 7, STOP], 1, 0, "natural"),
+    ("its words alone are thinking", PLAIN, [80, 81, 1, 82, 80, 81, 82, 7, STOP],
+     [80, 81, 1, 82, 80, 81, 82, 7, STOP], 4, 0, "natural"),
+    ("a Wait takes all three away", dict(waits=1, **PLAIN), [1, 80, 81, 82, 2, STOP, 7, STOP],
+     [1, WAIT, 2, 80, 81, 82, 7, STOP], 3, 1, "natural"),
+    ("what was withdrawn is not paid", dict(waits=1, max_thinking=4, **PLAIN),
+     [1, 80, 81, 82, 2, 3, 4, 7, STOP], [1, WAIT, 2, 3, NL, 80, 81, 82, FINAL, 7, STOP], 4, 1,
+     "cut"),
+    ("it cannot close twice either", PLAIN, [1, STOP, 7, 80, 81, 82, 8],
+     [1, 80, 81, 82, 7, STOP], 1, 0, "natural"),
+    ("nor does what we put in count", dict(close=[CLOSE, 80, 81], ends=PLAIN["ends"]),
+     [1, STOP, 82, 7, STOP], [1, CLOSE, 80, 81, 82, 7, STOP], 1, 0, "natural"),
+    ("the opening goes in where the prompt lacks it", dict(open=[OPEN, NL], max_thinking=2),
+     [9, 1, 2, 3, 7, STOP], [OPEN, NL, 1, 2, NL, END, CLOSE, FINAL, 7, STOP], 2, 0, "cut"),
+    ("it is in the prompt already", dict(open=[NL]), [1, END, 7, STOP],
+     [1, END, CLOSE, 7, STOP], 1, 0, "natural"),
+    ("a grace to finish the line", dict(max_thinking=4, grace=0.5), [1, NL, 2, 3, NL, 4, 7, STOP],
+     [1, NL, 2, 3, NL, END, CLOSE, FINAL, 7, STOP], 5, 0, "cut"),
+    ("and no more than the grace", dict(max_thinking=4, grace=0.5), [1, 2, 3, 4, 5, 6, 8, 7, STOP],
+     [1, 2, 3, 4, 5, 6, NL, END, CLOSE, FINAL, 7, STOP], 6, 0, "cut"),
+    ("no grace at a line's end", dict(max_thinking=2, grace=0.9), [1, NL, 2, 7, STOP],
+     [1, NL, END, CLOSE, FINAL, 7, STOP], 2, 0, "cut"),
+    ("thinking that goes round", dict(repeats=2, max_thinking=99), [1, 2] * 30 + [7, STOP],
+     [1, 2] * 11 + [NL, END, CLOSE, FINAL, 2, 1, 2, STOP], 22, 0, "repetition"),
 ])
 def test_scripted(what, made, script, expected, thinking, waits, ended):
     row = play(budget(**made), script)
@@ -65,33 +101,107 @@ def test_scripted(what, made, script, expected, thinking, waits, ended):
     assert all(row.forced[i] for i, token in enumerate(row.tokens) if token in (WAIT, CLOSE, FINAL))
 
 
+# RECIPE's table of what the published code does; `...` is what the model then says. Each line is
+# (what, budget, waits, what the model draws, what the row is). Its faults are the last lines: an
+# extension gets what is left and not a budget anew, an overrun is cut with `Final Answer:`, and
+# with nothing left nothing is asked for.
+@pytest.mark.parametrize("what, most, waits, drawn, expected", [
+    ("maximum", 3, 0, "a b c d ...", "a b c | close final ... stop"),
+    ("a line end already there", 3, 0, "a b | d ...", "a b | close final ... stop"),
+    ("minimum", -1, 1, "a close b close ...", "a wait b close ... stop"),
+    ("the end of the turn", -1, 1, "a stop b stop ...", "a wait b close ... stop"),
+    ("no end right behind it", -1, 1, "a close stop close b close ...",
+     "a wait b close ... stop"),
+    ("a natural stop", 9, 0, "a b close ...", "a b close ... stop"),
+    ("fault 1: one budget", 4, 2, "a b close c d ...", "a b wait c | close final ... stop"),
+    ("fault 2: an overrun", 3, 1, "a close b c ...", "a wait b | close final ... stop"),
+    ("fault 3: nothing left", 2, 2, "a b close ...", "a b close ... stop"),
+    ("fault 3: no budget at all", 0, 2, "a ...", "close final ... stop"),
+])
+def test_the_published_semantics_without_their_faults(what, most, waits, drawn, expected):
+    ids = {"|": [NL], "close": [END, CLOSE], "stop": [STOP], "wait": [WAIT], "final": [FINAL],
+           "...": [7, 8]}
+
+    def tokens(text):
+        return [i for word in text.split() for i in ids.get(word, [ord(word[0])])]
+    script = [i for i in tokens(drawn) if i != CLOSE] + [STOP]
+    assert play(budget(most, waits), script).tokens == tokens(expected), what
+
+
 def test_random_streams_keep_every_promise():
     """Thinking within its budget, one delimiter, an answer after it, no more Waits than asked."""
     rng = random.Random(0)
-    for _ in range(2000):
+    seen = set()
+    for _ in range(4000):
         most, waits, answer = rng.choice([-1, 0, 1, 5, 20]), rng.randint(0, 4), rng.randint(1, 4)
-        wait = [WAIT] * rng.randint(1, 3)
-        steer = budget(most, waits, wait=wait, max_answer=answer, room=60)
-        script = rng.choices([1, 2, 3, NL, END, STOP], [5, 5, 5, 3, 2, 1], k=400)
+        wait = [[WAIT] * rng.randint(1, 3), [WAIT]][:rng.randint(1, 2)]
+        changes = rng.choice([PLAIN, {}]) | rng.choice([{}, {"grace": 0.4}, {"repeats": 1}]) | (
+            rng.choice([{}, {"open": [OPEN]}]))
+        steer = budget(most, waits, wait=wait, max_answer=answer, room=70, **changes)
+        script = rng.choices([1, 2, 3, NL, END, STOP, 80, 81, 82, 83],
+                             [5, 5, 5, 3, 2 * ("close" not in changes), 1, 4, 4, 4, 2], k=600)
+        for _ in range(3):
+            script[(at := rng.randrange(90)):at + 3] = [80, 81, rng.choice([82, 83])]
         row = play(steer, script, prompt=[NL] * rng.randint(1, 30))
-        text, thought = row.tokens, row.memory
-        closing = text.index(CLOSE) - 1
-        thinking = text[:closing]
+        text, thought, close = row.tokens, row.memory, steer.close
+        closings = [i for i in range(len(text)) if text[i:i + len(close)] == close]
+        assert len(closings) == 1
+        start = len(changes.get("open", []))
+        assert thought.start == start and text[:start] == changes.get("open", [])
+        thinking = text[start:closings[0]]
         if thought.ended != "natural" and len(thinking) > thought.tokens:
             assert thinking.pop() == NL
-        assert len(thinking) == thought.tokens and (most < 0 or thought.tokens <= most)
-        assert text.count(CLOSE) == text.count(END) == 1
-        assert text[-1] == STOP and text.count(STOP) == 1
-        assert text.count(WAIT) == thought.waits * len(wait) and thought.waits <= waits
+        assert len(thinking) == thought.tokens
+        assert most < 0 or thought.tokens <= most + int(most * changes.get("grace", 0))
+        assert text[-1] == STOP and text.count(STOP) == 1 and len(row.forced) == len(text)
+        appended = sum(len(wait[i % len(wait)]) for i in range(thought.waits))
+        assert text.count(WAIT) == appended and thought.waits <= waits
         assert text.count(FINAL) == (thought.ended != "natural")
+        assert text[thought.answer:thought.begin] == [FINAL] * text.count(FINAL)
         assert len(text) - thought.begin <= answer + 1
-        assert len(row.prompt) + len(text) <= 60
+        assert len(row.prompt) + len(text) <= 70
+        assert all(row.forced[i] for i, token in enumerate(text) if token in (WAIT, FINAL, OPEN))
+        assert thought.answered in ("natural", "cut")
+        seen |= {thought.ended, thought.answered}
+    assert seen == {"natural", "cut", "context", "repetition"}
+
+
+def test_what_is_logged_is_what_the_model_read():
+    """On a real model: each sampled token is the likeliest behind the logged ones, whatever was
+    withdrawn or forced before it. Ids of the toy vocabulary, moved to where the model has them."""
+    model = tiny_model(initializer_range=0.5, vocab_size=16)
+    withdrawn = 0
+    for first in range(16):
+        for most, waits in ((-1, 2), (12, 1), (0, 0)):
+            steer = Budget(most, waits, close=[1, 2], wait=[[5], [6, 6]], final=[7], newline=[8],
+                           line_ends=frozenset({8}), stop=9, max_answer=4, room=40, ends=frozenset(
+                               {(9,), *((a, b) for a in range(0, 16, 2) for b in (1, 3, 10))}))
+            banned = {}
+
+            def spy(row, token):
+                nonlocal withdrawn
+                before = len(row.tokens)
+                instead = steer(row, token)
+                withdrawn += before > len(row.tokens)
+                banned[len(row.tokens) + len(instead)] = set(row.banned)
+                return instead
+            row, = Sampler(model, 2, 40).generate([[first, 8]], spy, stops={9})
+            for i, forced in enumerate(row.forced):
+                if not forced:
+                    logits = model(torch.tensor([row.prompt + row.tokens[:i]]))[0, -1]
+                    logits[list(banned.get(i, ()))] = -torch.inf
+                    assert row.tokens[i] == logits.argmax()
+    assert withdrawn > 10
 
 
 def test_budget_of_a_real_tokenizer(chat):
     made = Budget.of(chat, 5, 1)
-    assert chat.decode(made.close) == "<|im_start|>answer\n" and chat.decode(made.wait) == "Wait"
+    assert chat.decode(made.close) == "<|im_start|>answer\n" and [chat.decode(w) for w in made.wait] == ["Wait"]
     assert chat.text("ok\n")[-1] in made.line_ends and chat.text("ok")[-1] not in made.line_ends
+    plain = Chat(BASE, thinking="think")            # <think> is no token of this tokenizer
+    texts = {chat.decode(end) for end in plain.ends if len(end) > 1}
+    assert texts == {"</think>", "</think>\n", "</think>\n\n"} and (chat.end,) in plain.ends
+    assert tuple(plain.answer) in plain.ends
     for bad in (dict(max_thinking=-2), dict(waits=-1)):
         with pytest.raises(BadInput):
             Budget.of(chat, **bad)
