@@ -12,6 +12,7 @@ Map:  Complaints   one clear line for bad input
       Commands     python data.py show | countdown | tokenizer
 """
 import argparse
+import cmath
 import contextlib
 import functools
 import itertools
@@ -24,6 +25,7 @@ import shutil
 import sys
 import typing
 import zlib
+from fractions import Fraction
 from pathlib import Path
 
 import torch
@@ -561,7 +563,7 @@ def countdown_pieces(n, seed):
 
 
 def extract(text):
-    """The answer in the text after thinking: the last \\boxed{...}, else what follows the last
+    """The answer in the text after thinking: the last \boxed{...}, else what follows the last
     `Answer:` on its line; None where there is neither."""
     start = text.rfind("\\boxed{")
     if start >= 0:
@@ -571,67 +573,315 @@ def extract(text):
             if depth == 0:
                 return text[start + 7:i].strip()
     head, found, tail = text.rpartition("Answer:")
-    return tail.strip().split("\n")[0].strip() or None if found else None
-
-
-def calculate(text):
-    """The value of an expression of whole numbers, + - * and brackets, and the numbers it used.
-
-    Ours and not Python's: text from a model is never evaluated. ValueError where it is no such
-    expression; 100 characters bound the work.
-    """
-    if len(text) > 100 or re.search(r"[^-+*()0-9\s]|[0-9]\s+[0-9]", text):
-        raise ValueError(f"not an expression: {text[:50]!r}")
-    tokens, used = re.findall(r"[0-9]+|[-+*()]", text)[::-1], []
-
-    def take(kinds):
-        return tokens.pop() if tokens and tokens[-1] in kinds else None
-
-    def total():
-        value = product()
-        while op := take("+-"):
-            value = value + product() if op == "+" else value - product()
-        return value
-
-    def product():
-        value = atom()
-        while take("*"):
-            value *= atom()
-        return value
-
-    def atom():
-        if take("("):
-            value = total()
-            if not take(")"):
-                raise ValueError("a bracket is left open")
-            return value
-        if not tokens or not tokens[-1].isdecimal():
-            raise ValueError("a number is missing")
-        used.append(int(tokens.pop()))
-        return used[-1]
-
-    value = total()
-    if tokens:
-        raise ValueError(f"{tokens[-1]!r} is left over")
-    return value, used
+    return tail.strip(" \n\t*").split("\n")[0].strip() or None if found else None
 
 
 def grade(text, answer):
     """Is the answer in `text` (what came after thinking) right?
 
-    `answer` is a string to be met, or {"numbers", "target"}: an expression is right when it uses
-    just these numbers, each once, and comes to the target.
+    `answer` is a string to be met as mathematics, or {"numbers", "target"}: an expression is right
+    when it uses just these numbers, each once, and comes to the target.
     """
     found = extract(text)
     if found is None:
         return False
     if isinstance(answer, str):
-        return found == answer.strip()
+        return equal(found, answer)
     try:
         value, used = calculate(found.split("=")[0])
     except ValueError:
         return False
     return value == answer["target"] and sorted(used) == sorted(answer["numbers"])
+
+
+def calculate(text):
+    """The value of an expression of whole numbers, + - * and brackets, and the numbers it used.
+    ValueError where it is no such expression; 100 characters bound the work."""
+    if len(text) > 100 or re.search(r"[^-+*()0-9\s]|[0-9]\s+[0-9]|[0-9)]\s*\(|\)\s*[0-9]|"
+                                    r"(^|[-+*(])\s*[-+*]", text):
+        raise ValueError(f"not an expression: {text[:50]!r}")
+    try:
+        value = Formula(text).all()
+    except IndexError:
+        raise ValueError(f"not an expression: {text!r}") from None
+    return value, [int(number) for number in re.findall("[0-9]+", text)]
+
+
+def equal(found, answer):
+    """Do two answers, in LaTeX or plain, say the same? Strict: a decimal is no fraction that it
+    only comes near to, a set has no order and a tuple has one. Units are not compared."""
+    if tidy(found) == tidy(answer):
+        return bool(tidy(answer))
+    return any(same(a, b) for a, b in zip(readings(found), readings(answer)))
+
+
+# What is written differently and means the same, in the order in which it is put right.
+SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
+    (r",\\!\s*|\{,\}", ","), (r"\\(begin|end)\s*\{[a-z]{1,9}\}", r"\\\1 "),
+    (r"(?<!\\)\\(?:left|right|displaystyle|bigg?|Bigg?|,|!|;|:| |limits)(?![a-zA-Z])|~|\\?\$|\u200b", ""),
+    ("\u2212", "-"), ("\u00d7|\u00b7", r"\\cdot "), ("\u03c0", r"\\pi "), ("\u221e", r"\\infty "),
+    ("\u221a", r"\\sqrt "), ("\u00b0", ""), (r"\\(?:dfrac|tfrac|cfrac)", r"\\frac"),
+    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|\\%|%", ""),
+    (r"\\(?:mathrm|mathbf|textbf|mbox|textrm|operatorname)\b", r"\\text"),
+    (r"\\text\s*\{\s*(?:and|or)\s*\}", ","), (r"\\(le|ge|ne)q(?![a-zA-Z])", r"\\\1 "),
+    (r"\\(?:lbrace|\{)", "\u27e8"), (r"\\(?:rbrace|\})", "\u27e9"),
+    (r"\\(?:times|ast)(?![a-zA-Z])", r"\\cdot "),
+    (r"(?<=[^\s(,=])\s*\\text\s*\{[^{}]*\}(?:\s*\^\s*\{?\d\}?)?\s*$", ""),         # a unit
+    (r"(?<=\d)\s*(?:[a-zA-Z]{3,}\s*)+\.?$|(?<=\d)\s+(?:cm|mm|km|m|kg|g|s|h)(?:\^?\d)?\.?$", ""),
+    (r"\\text\s*\{([^{}]*)\}", r"\1"), (r"\s*\.\s*$", ""))]
+
+
+def tidy(text):
+    """An answer without what does not count: spelling, spaces, units, `x =` before the value."""
+    text = text[:1000].strip()
+    for pattern, new in SPELLINGS:
+        text = pattern.sub(new, text).strip()
+    named = re.fullmatch(r"(?:\\[a-z]+|[a-zA-Z](?:\([a-zA-Z]\))?|\([a-z](?:, ?[a-z])*\))\s*"
+                         r"(?:=|\\in\b)([^=]*)", text)
+    text = named[1].strip() if named else text
+    letter = re.fullmatch(r"\(?([A-Z])\s*[).:]?", text)
+    return letter[1] if letter else text
+
+
+def readings(text):
+    """Parsed once with and once without `1,000` as one number; None where it is no formula."""
+    text = tidy(text)
+    grouped = re.sub(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""),
+                     text)
+    for variant in (grouped, grouped if grouped.isdigit() else text):
+        if re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}", variant):
+            yield re.sub(r"\s+", " ", variant).lower()      # words, not a product of letters
+            continue
+        try:
+            yield Formula(variant).all()
+        except (ValueError, ArithmeticError, IndexError, RecursionError):
+            yield None
+
+
+def same(a, b):
+    """Equal values: numbers exactly where both are rational, else to 9 digits; lists by place, sets
+    without order."""
+    if type(a) is tuple and type(b) is tuple:
+        if len(a) != len(b) or a[0] != b[0]:
+            return False
+        if a[0] != "set":
+            return all(map(same, a[1:], b[1:]))
+        left = list(b[1:])
+        for one in a[1:]:
+            twin = next((i for i, other in enumerate(left) if same(one, other)), None)
+            if twin is None:
+                return False
+            del left[twin]
+        return True
+    if a is None or type(a) in (str, tuple) or type(b) in (str, tuple, type(None)):
+        return a is not None and a == b
+    if isinstance(a, Fraction) and isinstance(b, Fraction):
+        return a == b
+    try:
+        return cmath.isclose(complex(a), complex(b), rel_tol=1e-9, abs_tol=1e-12)
+    except OverflowError:                       # too large for a float, and not both exact
+        return False
+
+
+class Formula:
+    """A formula of LaTeX or plain text, read by recursive descent: ours and not Python's, for text
+    from a model is never evaluated. ValueError or ArithmeticError where it is none; length, depth
+    and the size of powers are bounded, and so is the work.
+
+        all    := item {, item}            a set where there are several, \\pm makes two
+        item   := sum [= sum]              \\cup joins intervals
+        sum    := product {+- product}
+        product:= power {* / power}        also without a sign between: 2\\pi, 3(a+b)
+        power  := atom [^ atom] [!] [_ base]
+
+    A value is a Fraction while it can be, then a complex number; a letter is a fixed number of its
+    own, so that equal polynomials have equal values; a list is ("set" or its brackets, *items).
+    """
+    CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j, "infty": 8.94427190999916e37}
+    FUNCTIONS = {name: getattr(cmath, name) for name in
+                 ("sin", "cos", "tan", "exp", "sinh", "cosh", "tanh")} | {
+        "ln": cmath.log, "log": cmath.log10, "cot": lambda x: 1 / cmath.tan(x),
+        "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x),
+        "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan}
+
+    def __init__(self, text):
+        if len(text) > 500:
+            raise ValueError("too long for a formula")
+        self.tokens = re.findall(r"\d+(?:\.\d+)?|\.\d+|\\[a-zA-Z]+|\\\\|\S", text)[::-1]
+        self.depth, self.sign, self.twofold = 0, 1, False
+
+    def take(self, *wanted):
+        return self.tokens.pop() if self.tokens and self.tokens[-1] in wanted else None
+
+    def need(self, wanted):
+        if not self.take(wanted):
+            raise ValueError(f"{wanted!r} is missing")
+
+    def all(self):
+        """The whole text as one value."""
+        whole, self.items = self.tokens[:], []
+        for self.sign in (1, -1):                   # \pm: once with plus, once with minus
+            self.tokens = whole[:]
+            self.items.append(self.list())
+            if self.tokens:
+                raise ValueError(f"{self.tokens[-1]!r} is left over")
+            if not self.twofold:
+                return self.items[0]
+        flat = [one for part in self.items
+                for one in (part[1:] if type(part) is tuple and part[0] == "set" else [part])]
+        unique = [one for i, one in enumerate(flat) if not any(same(one, b) for b in flat[:i])]
+        return ("set", *unique)
+
+    def list(self):
+        items = [self.item()]
+        while self.take(",", ";"):
+            items.append(self.item())
+        return ("set", *items) if len(items) > 1 else items[0]
+
+    def item(self):
+        value = self.sum()
+        if self.take("="):
+            return ("=", value, self.sum())
+        if sign := self.take(*SIGNS):
+            joined = ["set" if sign == "\\cup" else sign, value, self.sum()]
+            while self.take(sign):
+                joined.append(self.sum())
+            return tuple(joined)
+        return value
+
+    def sum(self):
+        self.depth += 1
+        if self.depth > 40:
+            raise ValueError("nested too deep")
+        value = self.product()
+        while op := self.take("+", "-", "\\pm"):
+            self.twofold |= op == "\\pm"
+            value = self.number(value) + (self.sign if op == "\\pm" else 1 - 2 * (op == "-")) * self.number(
+                self.product())
+        self.depth -= 1
+        return value
+
+    def product(self):
+        if op := self.take("-", "+", "\\pm"):
+            self.twofold |= op == "\\pm"
+            return (self.sign if op == "\\pm" else 1 - 2 * (op == "-")) * self.number(
+                self.product())
+        mixed = re.fullmatch(r"\d+", self.tokens[-1]) if self.tokens else None
+        value = self.power()
+        if mixed and self.tokens and self.tokens[-1] == "\\frac":
+            part = self.power()                     # 1\frac{4}{5}
+            plain = isinstance(part, Fraction) and 0 < part < 1
+            value = value + part if plain else value * self.number(part)
+        while self.tokens and self.tokens[-1] not in STOPS:
+            if self.take("/", "\\div"):
+                value = self.number(value) / self.number(self.power())
+            else:
+                self.take("*", "\\cdot")
+                value = self.number(value) * self.number(self.power())
+        return value
+
+    def power(self):
+        value = self.atom()
+        while op := self.take("^", "!", "_"):
+            value = self.number(value)
+            if op == "_":
+                value = ("_", value, self.atom())
+            elif op == "!":
+                value = Fraction(math.factorial(self.small(value)))
+            else:
+                value = raised(value, -self.number(self.atom()) if self.take("-")
+                               else self.number(self.atom()))
+        return value
+
+    def number(self, value):
+        if type(value) is tuple:
+            raise ValueError("a list is no number")
+        return value
+
+    def small(self, value):
+        if not isinstance(value, Fraction) or value.denominator > 1 or not 0 <= value < 99:
+            raise ValueError("no small whole number")
+        return int(value)
+
+    def atom(self):
+        """A number, a letter, a command, or something in brackets."""
+        token = self.tokens.pop()
+        if re.match(r"\.?\d", token):
+            return Fraction(token)
+        if token in "([{\u27e8":
+            value, closed = self.list(), self.tokens.pop()
+            if closed not in {"{": "}", "\u27e8": "\u27e9"}.get(token, ")]"):
+                raise ValueError("brackets that do not match")
+            plain = type(value) is not tuple or value[0] != "set"
+            if token == "\u27e8":
+                return ("set", value) if plain else value
+            if token + closed in ("()", "{}", "[]") and plain or token == "{":
+                return value
+            if plain:
+                raise ValueError("brackets that do not match")
+            return (token + closed, *value[1:])
+        if token == "|":
+            value = self.number(self.sum())
+            self.need("|")
+            return abs(value)
+        name = token.removeprefix("\\")
+        if name == "frac":
+            return self.number(self.piece()) / self.number(self.piece())
+        if name == "sqrt":
+            root = Fraction(2)
+            if self.take("["):
+                root = self.number(self.sum())
+                self.need("]")
+            return raised(self.number(self.piece()), 1 / root)
+        if name in ("binom", "dbinom"):
+            return Fraction(math.comb(self.small(self.piece()), self.small(self.piece())))
+        if name == "begin":
+            return self.matrix()
+        if name in self.FUNCTIONS and token[0] == "\\":
+            power = self.number(self.atom()) if self.take("^") else 1
+            return raised(self.FUNCTIONS[name](complex(self.number(self.power()))), power)
+        if name in self.CONSTANTS:
+            return self.CONSTANTS[name]
+        if name.isalpha() and name not in ("text", "end"):
+            return 0.5 + zlib.crc32(name.encode()) / 2**32
+        raise ValueError(f"{token!r} is not known")
+
+    def piece(self):
+        """What \\frac and \\sqrt take: {...}, or the next digit or letter alone: \\frac12."""
+        token = self.tokens[-1]
+        if token.isdigit() and len(token) > 1:
+            self.tokens[-1:] = [token[1:], token[0]]
+        return self.atom()
+
+    def matrix(self):
+        """a & b \\\\ c & d \\end: ("matrix", rows)."""
+        rows = [["row"]]
+        while not self.take("\\end"):
+            rows[-1].append(self.number(self.sum()))
+            if self.take("\\\\"):
+                if self.tokens[-1] != "\\end":
+                    rows.append(["row"])
+            elif not self.take("&") and self.tokens[-1] != "\\end":
+                raise ValueError("no matrix")
+        return ("matrix", *map(tuple, rows))
+
+
+# What a product ends before; whatever else comes is multiplied.
+SIGNS = ("<", ">", "\\le", "\\ge", "\\ne", "\\in", "\\cup", "\\cap", ":")
+STOPS = {"+", "-", "\\pm", ",", ";", ")", "]", "}", "\u27e9", "=", "|", "&", "\\\\", "\\end", *SIGNS}
+
+
+def raised(base, exponent):
+    """base ** exponent; exact for Fractions and small whole exponents, bounded always."""
+    if isinstance(base, Fraction) and isinstance(exponent, Fraction):
+        size = max(base.numerator.bit_length(), base.denominator.bit_length())
+        if exponent.denominator == 1 and size * abs(exponent) < 10_000:
+            return base ** int(exponent)
+        if exponent > 0 and base > 0 and exponent.numerator == 1 and size < 900:
+            root = round(float(base) ** float(exponent))
+            if exponent.denominator < 64 and root ** exponent.denominator == base:
+                return Fraction(root)
+    return complex(base) ** complex(exponent)
 
 
 # ---- Packing --------------------------------------------------------------------------------

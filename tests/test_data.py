@@ -3,12 +3,14 @@ import itertools
 import json
 import random
 import re
+import sys
+from pathlib import Path
 
 import pytest
 
 import data
 from data import (BadInput, calculate, countdown_pieces, countdown_questions, countdown_traces,
-                  epoch_batches, extract, grade, load_traces, pack, read_rows, split, targets_of,
+                  epoch_batches, equal, extract, grade, load_traces, pack, read_rows, split, targets_of,
                   teacher)
 
 # ---- Chat -----------------------------------------------------------------------------------
@@ -199,6 +201,54 @@ def test_calculate_refuses(text):
     ("Answer:", None), (r"\boxed{open", None)])
 def test_extract(text, found):
     assert extract(text) == found
+
+
+GRADING = [json.loads(line) for line in (Path(__file__).parent / "grading.jsonl").open("rb")]
+
+
+@pytest.mark.parametrize("case", GRADING, ids=lambda case: case["answer"])
+def test_grade_the_labelled_cases(case):
+    """504 answers, half of them near misses that must be graded wrong."""
+    for verdict in ("right", "wrong"):
+        for found in case[verdict]:
+            assert equal(found, case["answer"]) is (verdict == "right"), found
+            if found:
+                assert grade(f"\\boxed{{{found}}}", case["answer"]) is (verdict == "right"), found
+                assert equal(case["answer"], found) is (verdict == "right"), f"turned: {found}"
+
+
+@pytest.mark.parametrize("hostile", [
+    "9**9**9", "9^9^9^9", "9^{9^{9^{9}}}", "(" * 100_000, "{" * 100_000, "-" * 999, "9!" * 400,
+    "__import__('os').system('true')", "\\sqrt" * 200, "\\pm 1" * 200, "1," * 400, "\\text{" * 200,
+    "\\begin{pmatrix}" * 60, "1,000" * 190, "a " * 500, "\\frac" * 200, "\\{" * 490, "|" * 500,
+    "(" * 30 + "1,2" + ")" * 30, "\\boxed{" * 9999, "x" * 100_000, "1e999999", "\\binom{98}{97}!"])
+def test_hostile_answers_are_wrong_and_cost_little(hostile):
+    """Little in steps of the interpreter, which a slow machine does not change."""
+    steps = 0
+
+    def count(frame, event, _):
+        nonlocal steps
+        steps += event == "call"
+    sys.setprofile(count)
+    try:
+        verdict = grade("Answer: " + hostile, "7") or grade("\\boxed{" + hostile + "}", "7")
+    finally:
+        sys.setprofile(None)
+    assert not verdict and steps < 20_000
+
+
+def test_random_answers_never_raise():
+    rng = random.Random(0)
+    parts = [*"{}()[]123xie^_!+-*/,=|<.0%$ ²é٣&", "\\frac", "\\sqrt", "\\pi", "\\pm", "\\{", "\\}",
+             "\\begin{pmatrix}", "\\end{pmatrix}", "\\\\", "\\le", "\\cup", "\\infty", "\\text{a}",
+             "\\binom", "\\sin", "\\log"]
+    for _ in range(3000):
+        answer = rng.choice(GRADING)["answer"]
+        at = rng.randrange(len(answer) + 1)
+        for found in ("".join(rng.choices(parts, k=rng.randint(1, 30))),
+                      answer[:at] + rng.choice(parts) + answer[at + rng.randint(0, 2):]):
+            assert equal(found, answer) in (True, False)
+            assert equal(found, found) is bool(data.tidy(found))
 
 
 @pytest.mark.parametrize("text, right", [
