@@ -5,25 +5,33 @@ Out:  a table in the terminal; MODEL/eval/ with rows.jsonl (an answer a row), ru
       row), summary.json (Control, Scaling, Performance) and curve.png where there is matplotlib.
 
 Map:  Budget      lengthens thinking with `Wait` and cuts it short: a `steer` of the sampler
-      evaluate    a set of questions under one budget: a run
+      evaluation  the paper's other methods; a set of questions in one setting: a run
       measures    intervals, Control, Scaling, Performance, what a Wait gains
       the report  table and curve
+      the program
 """
+import contextlib
 import itertools
 import json
 import math
+import os
 import shutil
 import statistics
-from dataclasses import dataclass
+import sys
+import typing
+from collections import Counter
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
+import numpy as np
+from torch import distributed
 from tqdm import tqdm
 
-from data import (BadInput, Parser, at_least, complaints, countdown_questions, extract, grade,
-                  model_flags)
+from data import (SHORT, BadInput, Parser, ask_for, at_least, complaints,
+                  countdown_questions, extract, grade, load_questions, local, model_flags,
+                  read_rows)
 from model import BadModel
-from sample import Sampler, load, stream
+from sample import Sampler, load, sampling, sampling_flags, stream
 
 # ---- Budget ---------------------------------------------------------------------------------
 
@@ -161,46 +169,178 @@ class Budget:
 # ---- Evaluation -----------------------------------------------------------------------------
 
 
-def evaluate(sampler, chat, questions, budget, max_answer=32, seed=0, temperature=0.0, name=""):
-    """Ask all questions under one budget, or with no thinking at all (None): a row of results each.
+@dataclass(frozen=True)
+class Setting:
+    """What one run asks of a model: a method of METHODS and its numbers."""
+    method: str
+    max_thinking: int = -1              # tokens of thinking; -1 is no limit
+    waits: int = 0
+    samples: int = 1                    # answers to each question
+
+    def question(self, question, step_tokens):
+        """The question, with how long to think where the method asks for it."""
+        kind = METHODS[self.method].asks
+        if kind == "class":
+            return ask_for(question, kind, "short" if self.max_thinking >= 0 else "long")
+        limit = self.max_thinking if kind == "tokens" else max(1, self.max_thinking // step_tokens)
+        return ask_for(question, kind, limit)
+
+    def kept(self, tokens):
+        """Did the thinking keep to what was asked for? None where nothing was."""
+        if self.max_thinking >= 0 and self.method != "direct":
+            return tokens <= self.max_thinking
+        return tokens > SHORT if METHODS[self.method].asks == "class" else None
+
+
+class Method(typing.NamedTuple):
+    """A way to control thinking (s1, sections 3.1 and 3.2): another prompt, another steer, or
+    another way to make one row of a question's samples."""
+    asks: str | None = None             # which of KINDS the question says
+    forces: bool = True                 # is the budget enforced?
+    fold: typing.Callable = lambda rows: rows[0]
+
+
+def first_that_fits(rows):
+    """Rejection sampling: the first sample that ended by itself; with none, there is no answer."""
+    for tries, row in enumerate(rows, 1):
+        if row["ended"] == "natural":
+            return {**row, "tries": tries}
+    return {**rows[-1], "tries": len(rows), "found": None, "correct": False}
+
+
+def most_voted(rows):
+    """Majority vote: a row with the answer that most samples gave, the earliest of equals."""
+    votes = Counter(row["found"] for row in rows if row["found"] is not None)
+    winner = votes.most_common(1)[0][0] if votes else None
+    row = next(row for row in rows if row["found"] == winner)
+    return {**row, "thinking_tokens": sum(row["thinking_tokens"] for row in rows)}
+
+
+def any_right(rows):
+    """Coverage: is one of the samples right?"""
+    row = next((row for row in rows if row["correct"]), rows[0])
+    return {**row, "thinking_tokens": sum(row["thinking_tokens"] for row in rows)}
+
+
+METHODS = {"direct": Method(), "budget": Method(),
+           "tokens": Method("tokens", False), "tokens+budget": Method("tokens"),
+           "steps": Method("steps", False), "steps+budget": Method("steps"),
+           "class": Method("class", False), "rejection": Method(fold=first_that_fits),
+           "majority": Method(fold=most_voted), "coverage": Method(fold=any_right)}
+
+
+def evaluate(sampler, chat, questions, setting, args, name=""):
+    """Ask `questions` {index: question} in one setting; yield (index, row) as each is answered.
 
     Only what follows the first end of thinking is graded.
     """
-    thinking = budget is not None
-    prompts = [chat.prompt(question["question"], thinking) for question in questions]
-    refuse_too_long(prompts, sampler.max_length, budget.closing if thinking else max_answer)
-    rows = [None] * len(prompts)
-    answers = sampler.generate(prompts, steer=budget, seed=seed, stops=chat.stops,
-                               temperature=temperature,
-                               max_new_tokens=None if thinking else max_answer)
-    for row in tqdm(answers, desc=name, total=len(prompts), unit="row", leave=False, disable=None,
-                    dynamic_ncols=True):
-        thought = row.memory or Thought(ended="none", answer=0)
-        end = len(row.tokens) - (row.finish == "stop")
-        answer = chat.decode(row.tokens[thought.answer:end])
-        rows[row.index] = {
-            **questions[row.index], "text": chat.decode(row.tokens), "found": extract(answer),
-            "correct": grade(answer, questions[row.index]["answer"]),
-            "thinking_tokens": thought.tokens,
-            "extensions": thought.waits, "ended": thought.ended, "finish": row.finish,
-            "forced": [i for i, forced in enumerate(row.forced) if forced]}
-    return rows
+    budget = None if setting.method == "direct" else Budget.of(
+        chat, setting.max_thinking if METHODS[setting.method].forces else -1, setting.waits,
+        args.wait, max_answer=args.max_answer, grace=args.grace, repeats=args.repeats,
+        room=sampler.max_length)
+    prompts = [chat.prompt(setting.question(question["question"], args.step_tokens),
+                           thinking=budget is not None) for question in questions.values()]
+    refuse_too_long(prompts, sampler.max_length, budget.closing if budget else args.max_answer)
+    places, waiting = list(questions), {}
+    answers = sampler.generate(
+        prompts, budget, setting.samples, None if budget else args.max_answer, chat.stops,
+        **sampling(args))
+    for row in tqdm(answers, desc=name, total=len(prompts) * setting.samples, unit="row",
+                    leave=False, disable=None, dynamic_ncols=True):
+        index = places[row.index]
+        samples = waiting.setdefault(index, {})
+        samples[row.sample] = result(row, chat, questions[index])
+        if len(samples) == setting.samples:
+            rows = [samples[i] for i in range(setting.samples)]
+            yield index, METHODS[setting.method].fold(rows)
+            del waiting[index]
+
+
+def result(row, chat, question):
+    """What a finished row says: its answer, its verdict, and how it came about."""
+    thought = row.memory or Thought(ended="none", answer=0)
+    answer = chat.decode(row.tokens[thought.answer:len(row.tokens) - (row.finish == "stop")])
+    return {**question, "text": chat.decode(row.tokens), "found": extract(answer),
+            "correct": grade(answer, question["answer"]), "thinking_tokens": thought.tokens,
+            "extensions": thought.waits, "ended": thought.ended,
+            "answered": thought.answered or row.finish, "finish": row.finish,
+            "forced": spans(row.forced), "tokens": len(row.tokens)}
+
+
+def spans(forced):
+    """Where it is True, as [begin, end): [F, T, T, F, T] is [[1, 3], [4, 5]]."""
+    edges = [i for i, (a, b) in enumerate(itertools.pairwise([False, *forced, False])) if a != b]
+    return [list(edge) for edge in zip(edges[::2], edges[1::2])]
 
 
 def refuse_too_long(prompts, length, closing):
     """BadInput where a prompt leaves no room for an answer."""
-    longest = max(map(len, prompts))
+    longest = max(map(len, prompts), default=0)
     if longest + closing > length:
         raise BadInput(f"a question of {longest} tokens and its answer of {closing} do not fit "
                        f"into {length} (--max-length)")
 
 
+class Journal:
+    """Rows as they come, a line each, so that a killed evaluation goes on where it stopped.
+
+    Every process appends to a file of its own, and reads those of all. A line that a kill has torn
+    is cut off. BadInput where the directory holds rows of another evaluation.
+    """
+
+    def __init__(self, directory, arguments, rank, overwrite):
+        said = directory / "arguments.json"
+        text = json.dumps(arguments, indent=2, default=str) + "\n"
+        if rank == 0:
+            if said.is_file() and said.read_text(encoding="utf-8") != text:
+                if not overwrite:
+                    raise BadInput(f"{directory} holds a part of an evaluation with other "
+                                   f"arguments or weights: --overwrite it")
+                shutil.rmtree(directory)
+            directory.mkdir(parents=True, exist_ok=True)
+            for path in directory.glob("rows.*.jsonl"):
+                whole = path.read_bytes()
+                with open(path, "r+b") as file:
+                    file.truncate(whole.rfind(b"\n") + 1)
+            said.write_text(text, encoding="utf-8")
+        wait_for_all()
+        self.done = {}
+        for path in sorted(directory.glob("rows.*.jsonl")):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                run, index, row = json.loads(line)
+                self.done.setdefault(run, {})[index] = row
+        wait_for_all()
+        self.file = open(directory / f"rows.{rank}.jsonl", "a", encoding="utf-8")
+
+    def add(self, run, index, row):
+        self.file.write(json.dumps([run, index, row]) + "\n")
+        self.file.flush()
+
+
+def wait_for_all():
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
+def share(rows):
+    """The rows {index: row} of all processes together."""
+    if not distributed.is_initialized():
+        return rows
+    parts = [None] * distributed.get_world_size()
+    distributed.all_gather_object(parts, rows)
+    return {index: row for part in parts for index, row in part.items()}
+
+
+# ---- Measures -------------------------------------------------------------------------------
+
+
 def measure(rows, **what):
-    """One run in numbers; the interval is Wilson's, 95%."""
+    """One run in numbers; the interval is Wilson's, 95%. Without an answer a row is wrong."""
     n, correct = len(rows), sum(row["correct"] for row in rows)
     low, high = wilson(correct, n)
     return {**what, "n": n, "correct": correct, "accuracy": correct / n, "low": low, "high": high,
-            "thinking_tokens": statistics.fmean(row["thinking_tokens"] for row in rows)}
+            "thinking_tokens": statistics.fmean(row["thinking_tokens"] for row in rows),
+            "unanswered": sum(row["found"] is None for row in rows)}
 
 
 def wilson(correct, n, z=1.96):
@@ -210,30 +350,50 @@ def wilson(correct, n, z=1.96):
 
 
 def gain(rows, others, z=1.96):
-    """Points that `rows` gained over `others`, question by question: mean and 95% interval."""
+    """Points that `rows` gained over `others`, question by question: mean, 95% interval, and the p
+    of an exact sign test on the questions that only one of them has right (McNemar's)."""
     differences = [100 * (row["correct"] - other["correct"]) for row, other in zip(rows, others)]
     mean = statistics.fmean(differences)
     half = z * statistics.pstdev(differences) / math.sqrt(len(differences))
-    return mean, mean - half, mean + half
+    better, either = sum(d > 0 for d in differences), sum(d != 0 for d in differences)
+    tail = sum(math.comb(either, k) for k in range(min(better, either - better) + 1))
+    return mean, mean - half, mean + half, min(1.0, 2 * tail / 2 ** either)
 
 
-def summarise(runs):
-    """Control, Scaling and Performance (s1, section 3.2) of one model's runs over budgets.
+def scaling(tokens, accuracy, axis=math.log2, least=0.1):
+    """Mean over pairs of runs of the points gained per doubling (s1, section 3.2). Over runs that
+    thought at all; pairs less than a tenth of a doubling apart are left out, for they would divide
+    noise by nothing."""
+    points = sorted((a, 100 * f) for a, f in zip(tokens, accuracy) if a >= 1)
+    slopes = [(g - f) / (axis(b) - axis(a)) for (a, f), (b, g) in itertools.combinations(points, 2)
+              if math.log2(b / a) > least]
+    return statistics.fmean(slopes) if slopes else None
 
-    Control: share of the runs with a budget that kept it. Scaling: mean over pairs of runs of the
-    points gained per doubling of the thinking, so over runs that thought at all; pairs less than a
-    tenth of a doubling apart are left out, for they would divide noise by nothing.
+
+def summarise(results, resamples=500):
+    """Control, Scaling and Performance (s1, section 3.2) of one method's runs, [(run, its rows)].
+
+    Control: share of the runs with a budget that kept it. Scaling: see there; Waits are left out.
+    Performance: the best run. The intervals are those of the bootstrap: questions drawn anew.
     """
-    asked = [run for run in runs if run["method"] == "budget"]
-    bound = [run for run in asked if run["max_thinking"] >= 0]
-    kept = [run for run in bound if run["thinking_tokens"] <= run["max_thinking"]]
-    points = sorted((math.log2(run["thinking_tokens"]), 100 * run["accuracy"])
-                    for run in asked if not run["waits"] and run["thinking_tokens"] >= 1)
-    slopes = [(g - f) / (b - a) for (a, f), (b, g) in itertools.combinations(points, 2)
-              if b - a > 0.1]
-    return {"control": 100 * len(kept) / len(bound) if bound else None,
-            "scaling_points_per_doubling": statistics.fmean(slopes) if slopes else None,
-            "performance": max((100 * run["accuracy"] for run in asked), default=None)}
+    kept = [run["kept"] for run, _ in results if run["kept"] is not None]
+    correct = np.array([[row["correct"] for row in rows] for _, rows in results], float)
+    tokens = np.array([[row["thinking_tokens"] for row in rows] for _, rows in results], float)
+    plain = [i for i, (run, _) in enumerate(results) if not run["waits"]]
+    draws = np.random.default_rng(0).integers(0, correct.shape[1], (resamples, correct.shape[1]))
+
+    def of(draw=slice(None)):
+        right, thought = correct[:, draw].mean(1), tokens[:, draw].mean(1)
+        return {"scaling_points_per_doubling": scaling(thought[plain], right[plain]),
+                "scaling_points_per_1000_tokens": scaling(thought[plain], right[plain],
+                                                          lambda a: a / 1000),
+                "performance": 100 * right.max()}
+    found, again = of(), [of(draw) for draw in draws]
+    for name in list(found):
+        values = [one[name] for one in again if one[name] is not None]
+        if found[name] is not None:
+            found[f"{name}_interval"] = np.percentile(values, (2.5, 97.5)).round(2).tolist()
+    return {"control": 100 * sum(kept) / len(kept) if kept else None, **found}
 
 
 # ---- The report -----------------------------------------------------------------------------
@@ -241,34 +401,63 @@ def summarise(runs):
 
 def line(run):
     """A run as a line of the table, with a bar of 50 characters for 100%."""
-    return (f"{run['model'][:16]:16} {setting(run):18} {run['thinking_tokens']:8.1f} "
+    return (f"{run['model'][:16]:16} {in_words(run):22} {run['thinking_tokens']:8.1f} "
             f"{100 * run['accuracy']:6.1f}% [{100 * run['low']:5.1f}, {100 * run['high']:5.1f}] "
             f"{'█' * round(50 * run['accuracy'])}")
 
 
-HEADER = f"{'model':16} {'thinking budget':18} {'thought':>8} {'right':>7} {'95% interval':14}"
+HEADER = f"{'model':16} {'thinking budget':22} {'thought':>8} {'right':>7} {'95% interval':14}"
 
 
-def setting(run):
-    """What a run asked for, in words."""
+def in_words(run):
+    """What a run asked for."""
     if run["method"] == "direct":
         return "no thinking"
+    if run["method"] == "class":
+        return f"class: {'long' if run['max_thinking'] < 0 else 'short'}"
     budget = "unlimited" if run["max_thinking"] < 0 else str(run["max_thinking"])
-    return budget + (f" + {run['waits']} Wait" if run["waits"] else "")
+    if run["method"] in ("majority", "coverage"):
+        budget = f"of {run['samples']}"
+    return ("" if run["method"] == "budget" else f"{run['method']}: ") + budget + (
+        f" + {run['waits']} Wait" if run["waits"] else "")
 
 
 def side_by_side(students):
     """The accuracy of several students under the same settings, mean and spread (max - min)."""
     names = "".join(f"{runs[0]['model'][:10]:>11}" for runs in students)
-    print(f"{'thinking budget':18}{names}{'mean':>11}{'spread':>8}")
+    print(f"{'thinking budget':22}{names}{'mean':>11}{'spread':>8}")
     for same in zip(*students):
         right = [100 * run["accuracy"] for run in same]
-        print(f"{setting(same[0]):18}" + "".join(f"{value:10.1f}%" for value in right)
+        print(f"{in_words(same[0]):22}" + "".join(f"{value:10.1f}%" for value in right)
               + f"{statistics.fmean(right):10.1f}%{max(right) - min(right):8.1f}")
 
 
+def report(name, results):
+    """The measures of each method, and what each further Wait gained on the same questions."""
+    summaries = {}
+    print(f"\n{name:22} control  points per doubling     per 1,000 tokens  best run")
+    for method in dict.fromkeys(run["method"] for run, _ in results):
+        found = summaries[method] = summarise([r for r in results if r[0]["method"] == method])
+
+        def cell(key, width):
+            if found[key] is None:
+                return "-".rjust(width)
+            low, high = found[f"{key}_interval"]
+            return f"{found[key]:.1f} [{low:.1f}, {high:.1f}]".rjust(width)
+        control = "-" if found["control"] is None else f"{found['control']:.0f}"
+        print(f"{method:22} {control:>7} {cell('scaling_points_per_doubling', 20)} "
+              f"{cell('scaling_points_per_1000_tokens', 20)} {found['performance']:8.1f}%")
+    unlimited = {run["waits"]: rows for run, rows in results
+                 if run["method"] == "budget" and run["max_thinking"] < 0}
+    for fewer, more in itertools.pairwise(sorted(unlimited)):
+        print("{} Wait over {}: {:+.1f} points [{:+.1f}, {:+.1f}], paired, p = {:.2g}".format(
+            more, fewer, *gain(unlimited[more], unlimited[fewer])))
+    return {**next(iter(summaries.values())), "methods": summaries}
+
+
 def draw(runs, path):
-    """The curve, accuracy against thinking tokens: one line a model, its Waits as triangles."""
+    """The curve, accuracy against thinking tokens: one line a model and method, Waits as triangles.
+    Colours are Okabe and Ito's, which the colour-blind tell apart; lines and marks differ too."""
     try:
         import matplotlib
     except ImportError:
@@ -277,30 +466,45 @@ def draw(runs, path):
     matplotlib.use("Agg")
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    for number, model in enumerate(dict.fromkeys(run["model"] for run in runs)):
-        mine = [run for run in runs if run["model"] == model]
-        colour, style = f"C{number}", ("-", "--", ":", "-.")[number % 4]
-        for waits, marker in ((False, "o"), (True, "^")):
-            points = sorted((run["thinking_tokens"], run) for run in mine
-                            if run["method"] == "budget" and bool(run["waits"]) == waits)
+    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+    names = list(dict.fromkeys((run["model"], run["method"]) for run in runs))
+    for number, (model, method) in enumerate(names):
+        mine = [run for run in runs if (run["model"], run["method"]) == (model, method)]
+        colour, style = colours[number % 7], ("-", "--", ":", "-.")[number % 4]
+        if method == "direct":
+            axes.axhline(100 * mine[0]["accuracy"], color=colour, linestyle=":", linewidth=1,
+                         label=f"{model}, no thinking")
+            continue
+        for waits, marker in ((False, "osDvP"[number % 5]), (True, "^")):
+            points = sorted((run for run in mine if bool(run["waits"]) == waits),
+                            key=lambda run: run["thinking_tokens"])
             if points:
-                x = [tokens for tokens, _ in points]
-                y = [100 * run["accuracy"] for _, run in points]
-                bars = [[100 * (run["accuracy"] - run["low"]) for _, run in points],
-                        [100 * (run["high"] - run["accuracy"]) for _, run in points]]
-                axes.errorbar(x, y, bars, color=colour, linestyle="" if waits else style,
-                              marker=marker,
-                              capsize=3, label=f"{model}, {'with Waits' if waits else 'budgets'}")
-        for run in mine:
-            if run["method"] == "direct":
-                axes.axhline(100 * run["accuracy"], color=colour, linestyle=":", linewidth=1,
-                             label=f"{model}, no thinking")
+                bars = [[100 * abs(run["accuracy"] - run[end]) for run in points]
+                        for end in ("low", "high")]
+                label = model + ("" if method == "budget" else f", {method}")
+                axes.errorbar([run["thinking_tokens"] for run in points],
+                              [100 * run["accuracy"] for run in points], bars, color=colour,
+                              linestyle="" if waits else style, marker=marker, capsize=3,
+                              label=f"{label}, with Waits" if waits else label)
     axes.set(xlabel="thinking tokens, mean of the answers", ylabel="right answers, %",
              ylim=(0, 100))
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def draw_again(paths):
+    """Table and curve from runs.jsonl files alone; curve.png goes beside the first."""
+    runs = [run for path in paths for _, run in read_rows(path)]
+    try:
+        print(HEADER, *map(line, runs), sep="\n")
+        draw(runs, Path(paths[0]).with_name("curve.png"))
+    except (KeyError, TypeError) as error:
+        raise BadInput(f"no runs.jsonl of an evaluation: {error!r} is missing") from None
+
+
+# ---- The program ----------------------------------------------------------------------------
 
 
 def arguments():
@@ -310,6 +514,8 @@ def arguments():
         help="ask only this, and watch it think: last of --budgets, first of --waits")
     model_flags(add, nargs="+", default=["out/student"])
     add("--base", default="assets/countdown-base", help="directory to compare with, '' for none")
+    add("--method", nargs="+", choices=[m for m in METHODS if m != "direct"], default=["budget"],
+        help="how thinking is controlled; tokens, steps and class ask for it in the question")
     add("--budgets", type=at_least(-1), nargs="+", default=[0, 16, 32, 64, 96, 128, -1],
         help="thinking tokens at most; -1 is no limit")
     add("--waits", type=at_least(0), nargs="+", default=[1, 2],
@@ -319,59 +525,103 @@ def arguments():
     add("--grace", type=at_least(0, float), default=0.0,
         help="share of a budget by which thinking may pass it to finish its line")
     add("--max-answer", type=at_least(1), default=32, help="tokens of the answer")
+    add("--samples", type=at_least(1), nargs="+", default=[1, 2, 4, 8],
+        help="answers to a question, for majority and coverage")
+    add("--tries", type=at_least(1), default=8, help="for rejection: answers drawn at most")
+    add("--step-tokens", type=at_least(1), default=8, help="for steps: tokens that a step counts")
+    add("--questions", help="file of questions and answers (default: Countdown's)")
     add("--part", choices=("test", "tune"), default="test",
-        help="the held-out questions, or those to tune on")
-    add("--n", type=at_least(1), default=500, help="how many questions")
-    add("--seed", type=int, default=0, help="of the choice of questions, and of the draws")
-    add("--temperature", type=at_least(0, float), default=0.0, help="0 takes the likeliest token")
+        help="Countdown's held-out questions, or those to tune on")
+    add("--n", type=at_least(1), help="how many questions (default: Countdown 500, a file all)")
     add("--slots", type=at_least(1), default=64, help="rows side by side")
     add("--max-length", type=at_least(1), default=768,
         help="tokens of a row with its prompt, which bounds 'no limit'")
     add("--overwrite", action="store_true", help="replace an evaluation that is there")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
+    add("--draw", nargs="+", metavar="RUNS", help="only table and curve, of these runs.jsonl")
+    sampling_flags(add)
     return parser.parse_args()
 
 
 def main():
     args = arguments()
     with complaints(BadModel):
-        ask(args) if args.question else compare(args)
+        if args.draw:
+            draw_again(args.draw)
+        elif args.question:
+            ask(args)
+        else:
+            if int(os.environ.get("WORLD_SIZE", 1)) > 1:        # torchrun
+                distributed.init_process_group("gloo")
+                if args.device == "cuda":
+                    args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+            compare(args)
 
 
 def ask(args):
     model, chat = load(args.model[0], args)
     length = min(args.max_length, model.config.max_position_embeddings)
-    budget = Budget.of(chat, args.budgets[-1], args.waits[0], args.wait,
-                       max_answer=args.max_answer, room=length)
+    budget = Budget.of(chat, args.budgets[-1], args.waits[0], args.wait, grace=args.grace,
+                       repeats=args.repeats, max_answer=args.max_answer, room=length)
     prompt = chat.prompt(args.question)
     refuse_too_long([prompt], length, budget.closing)
     row = stream(Sampler(model, 1, length), chat, prompt, len(chat.think), budget,
-                 stops=chat.stops, seed=args.seed, temperature=args.temperature)
+                 held=max(map(len, budget.ends)) - 1, stops=chat.stops, **sampling(args))
     thought = row.memory
     print(f"({thought.tokens} thinking tokens, {thought.waits} Wait, ended: {thought.ended})")
 
 
+def settings(args):
+    """The runs that the flags ask for."""
+    for method in args.method:
+        if method in ("majority", "coverage"):
+            yield from (Setting(method, samples=n) for n in args.samples)
+        elif method == "class":
+            yield from (Setting(method, SHORT), Setting(method))
+        elif method == "rejection":
+            yield from (Setting(method, n, samples=args.tries) for n in args.budgets if n > 0)
+        elif method == "budget":
+            yield from (Setting(method, n) for n in args.budgets)
+            yield from (Setting(method, waits=n) for n in args.waits if n)
+        else:
+            yield from (Setting(method, n) for n in args.budgets if n > 0)
+
+
 def compare(args):
-    """Evaluate base and students over the budgets and the Waits; print, and write MODEL/eval."""
-    settings = [(budget, 0) for budget in args.budgets] + [(-1, n) for n in args.waits if n]
+    """Evaluate base and students in all settings; print, and write MODEL/eval."""
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    asked = list(settings(args))
+    if args.temperature == 0 and any(setting.samples > 1 for setting in asked):
+        raise BadInput("several answers to a question differ only with a --temperature above 0")
     for directory in args.model:
         if home(directory).exists() and not args.overwrite:
             raise BadInput(f"{home(directory)} already holds an evaluation: --overwrite it")
     for directory in filter(None, [args.base, *args.model]):
         load(directory, args)            # complain about the last one now, not after the first
-    questions = countdown_questions(args.part, args.n, args.seed)
-    print(f"{args.n} questions to {args.part}, seed {args.seed}\n\n{HEADER}", flush=True)
-    base = examine(args.base, questions, [(None, 0), *settings], args) if args.base else []
-    students = []
-    for directory in args.model:
-        student = examine(directory, questions, settings, args)
-        summary = summarise([run for run, _ in student])
-        report(Path(directory).name, student, summary)
-        write(home(directory), base + student, summary)
-        students.append([run for run, _ in student])
-        print(flush=True)
-    if len(students) > 1:
-        side_by_side(students)
+    questions = (load_questions(args.questions, args.seed)[:args.n] if args.questions
+                 else countdown_questions(args.part, args.n or 500, args.seed))
+    weights = [[path.name, path.stat().st_size, path.stat().st_mtime_ns]
+               for directory in filter(None, [args.base, *args.model])
+               for path in sorted(Path(local(directory)).glob("*.safetensors"))]
+    draft = home(args.model[0]).with_name("eval.draft")
+    said = {key: value for key, value in vars(args).items() if key not in ("overwrite", "device")}
+    journal = Journal(draft, {**said, "weights": weights}, rank, args.overwrite)
+    with open(os.devnull, "w") if rank else contextlib.nullcontext(sys.stdout) as out, (
+            contextlib.redirect_stdout(out)):
+        what = args.questions or f"{args.part}"
+        print(f"{len(questions)} questions to {what}, seed {args.seed}\n\n{HEADER}", flush=True)
+        every, students = [Setting("direct"), *asked], []
+        base = examine(args.base, questions, every, args, journal, rank, world) if args.base else []
+        for directory in args.model:
+            student = examine(directory, questions, asked, args, journal, rank, world)
+            summary = report(Path(directory).name, student)
+            students.append([run for run, _ in student])
+            if rank == 0:
+                write(home(directory), base + student, summary)
+            print(flush=True)
+        if len(students) > 1:
+            side_by_side(students)
+    if rank == 0:
+        shutil.rmtree(draft)
 
 
 def home(name):
@@ -379,40 +629,35 @@ def home(name):
     return (Path(name) if Path(name).is_dir() else Path("out", Path(name).name)) / "eval"
 
 
-def report(name, results, summary):
-    """The measures, and what each further Wait gained on the same questions."""
-    print(f"\n{name}: " + ", ".join(f"{key.replace('_', ' ')} {value:.1f}"
-                                    for key, value in summary.items() if value is not None))
-    unlimited = {run["waits"]: rows for run, rows in results
-                 if run["method"] == "budget" and run["max_thinking"] < 0}
-    for fewer, more in itertools.pairwise(sorted(unlimited)):
-        print("{} Wait over {}: {:+.1f} points [{:+.1f}, {:+.1f}], paired".format(
-            more, fewer, *gain(unlimited[more], unlimited[fewer])))
-
-
-def examine(directory, questions, settings, args):
-    """All runs of one model, each printed as it is done: [(run, its rows)]. A budget None is an
-    answer without thinking, which only a base can give: a student opens the thinking by itself."""
+def examine(directory, questions, asked, args, journal, rank, world):
+    """All runs of one model, each printed as it is done: [(run, its rows)]. `direct` is an answer
+    without thinking, which only a base can give: a student opens the thinking by itself."""
     model, chat = load(directory, args)
     sampler = Sampler(model, args.slots, min(args.max_length, model.config.max_position_embeddings))
     results = []
-    for max_thinking, waits in settings:
-        budget = None if max_thinking is None else Budget.of(
-            chat, max_thinking, waits, args.wait, max_answer=args.max_answer,
-            room=sampler.max_length)
-        what = {"model": Path(directory).name, "method": "budget" if budget else "direct",
-                "max_thinking": max_thinking or 0, "waits": waits, "seed": args.seed}
-        rows = evaluate(sampler, chat, questions, budget, args.max_answer, args.seed,
-                        args.temperature,
-                        what["model"])
-        results.append((measure(rows, **what), [{**what, **row} for row in rows]))
-        print(line(results[-1][0]), flush=True)
+    for setting in asked:
+        what = {"model": Path(directory).name, **asdict(setting), "seed": args.seed}
+        if setting.method == "direct":
+            what["max_thinking"] = 0
+        run = json.dumps([directory, *what.values()])
+        rows = journal.done.get(run, {})
+        mine = {i: q for i, q in enumerate(questions) if i not in rows and i % world == rank}
+        fresh = {}
+        for index, row in evaluate(sampler, chat, mine, setting, args, what["model"]):
+            journal.add(run, index, row)
+            fresh[index] = row
+        rows = rows | share(fresh)
+        rows = [{**what, **rows[index]} for index in range(len(questions))]
+        measured = measure(rows, **what)
+        measured["kept"] = setting.kept(measured["thinking_tokens"])
+        results.append((measured, rows))
+        print(line(measured), flush=True)
     return results
 
 
 def write(directory, results, summary):
     """rows.jsonl, runs.jsonl, summary.json and curve.png beside the final name, then renamed."""
-    draft = directory.with_name(directory.name + ".draft")
+    draft = directory.with_name(directory.name + ".new")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     for name, objects in (("runs.jsonl", [run for run, _ in results]),

@@ -264,9 +264,10 @@ def local(name, weights=True):
 # ---- Files ----------------------------------------------------------------------------------
 
 # The names under which questions, thinking and answers are met, the first that is there counts.
-QUESTION = ("question", "problem")
+QUESTION = ("question", "problem", "Question")
 THINKING = ("thinking", "message_thinking")
 ANSWER = ("answer", "message_content")
+REFERENCE = ("answer", "Correct Answer", "gtruth_answer", "solution")
 
 
 def read_rows(path):
@@ -307,6 +308,51 @@ def load_traces(path):
             trace.append(value)
         traces.append(tuple(trace))
     return traces
+
+
+def load_questions(path, seed=0):
+    """Rows of question and answer, as MATH500, AIME, GPQA-Diamond and s1K name them. The options of
+    a multiple choice are shuffled by `seed`, and the answer is a letter. BadInput names the place
+    of a row without."""
+    questions = []
+    for place, row in read_rows(path):
+        question, answer = (next((str(row[name]) for name in names if row.get(name) is not None),
+                                 None) for names in (QUESTION, REFERENCE))
+        if not question or not answer:
+            raise BadInput(f"{place}: no {'answer' if question else 'question'}")
+        wrong = [str(row[name]) for name in sorted(row) if name.startswith("Incorrect Answer")]
+        if wrong:
+            options = [answer, *wrong]
+            random.Random(f"options {seed} {question}").shuffle(options)
+            listed = "\n".join(f"{letter}) {option.strip()}" for letter, option in
+                               zip("ABCDEFGH", options))
+            question, answer = f"{question.strip()}\n\n{listed}", "ABCDEFGH"[options.index(answer)]
+        if "answer" not in row and "\\boxed{" in answer:    # a solution that ends in its answer
+            answer = extract(answer)
+        questions.append({"question": question, "answer": answer})
+    return questions
+
+
+# How long to think, as a question may ask (s1, section 3.2 and appendix): a step is a line. What a
+# trace is labelled with is its own length, rounded up to a power of two, or its class.
+SHORT = 100                         # tokens; above it thinking is long
+KINDS = {"tokens": "{question} Think for up to {limit} tokens.",
+         "steps": "{question} Think for up to {limit} steps.",
+         "class": "{question} Think for a {limit} time."}
+
+
+def ask_for(question, kind, limit):
+    return KINDS[kind].format(question=question, limit=limit) if kind else question
+
+
+def ask_for_lengths(traces, chat, kinds, seed):
+    """Each trace with its length written into its question, in one of the ways, drawn by chance."""
+    for question, thinking, answer in traces:
+        kind = random.Random(f"ask {seed} {question}").choice(kinds)
+        tokens = len(chat.text(thinking))
+        limit = {"class": "short" if tokens <= SHORT else "long"}.get(kind) or 2 ** (
+            tokens if kind == "tokens" else thinking.count("\n") + 1).bit_length()
+        yield ask_for(question, kind, limit), thinking, answer
 
 
 # ---- Countdown ------------------------------------------------------------------------------
@@ -932,14 +978,17 @@ def epoch_batches(examples, batch_size, seed, epoch):
 # ---- Commands -------------------------------------------------------------------------------
 
 
-def load_examples(data, chat, n=None, seed=0, give_up=GIVE_UP):
-    """Training examples (ids, first supervised) of `countdown`, `pieces` or a file of traces."""
+def load_examples(data, chat, n=None, seed=0, give_up=GIVE_UP, ask=()):
+    """Training examples (ids, first supervised) of `countdown`, `pieces` or a file of traces; `ask`
+    names the KINDS of length to write into the questions."""
     if data == "pieces":
         return [(chat.example(*piece)[0], 1) if isinstance(piece, tuple)
                 else ([*chat.text(piece), *chat.render("<|endoftext|>")], 1)
                 for piece in countdown_pieces(n or 150_000, seed)]
     traces = (countdown_traces(n or 1000, seed, give_up) if data == "countdown"
               else load_traces(data))
+    if ask:
+        traces = list(ask_for_lengths(traces, chat, ask, seed))
     return [chat.example(*trace) for trace in traces[:n]]
 
 
@@ -1002,6 +1051,9 @@ def main():
     writes.add_argument("--seed", type=int, default=0)
     writes.add_argument("--give-up", type=at_least(0, float, 1), default=GIVE_UP,
                         help="how likely the teacher gives up when tired")
+    writes.add_argument("--ask", nargs="+", choices=KINDS, default=[],
+                        help="write the length of the thinking into the question")
+    model_flags(writes.add_argument, default="assets/countdown-base")
 
     makes = commands.add_parser("tokenizer", help="make the tiny base's tokenizer")
     makes.add_argument("directory", help="where tokenizer.json goes")
@@ -1014,7 +1066,11 @@ def main():
             for example in load_examples(args.data, chat, args.n, args.seed):
                 print(show(chat, *example, colour))
         elif args.command == "countdown":
-            for trace in countdown_traces(args.n, args.seed, args.give_up):
+            traces = countdown_traces(args.n, args.seed, args.give_up)
+            if args.ask:
+                chat = Chat(local(args.model), args.chat, args.thinking)
+                traces = ask_for_lengths(traces, chat, args.ask, args.seed)
+            for trace in traces:
                 print(json.dumps(dict(zip(("question", "thinking", "answer"), trace))))
         else:
             print(f"{make_tokenizer(args.directory)} tokens")

@@ -5,7 +5,8 @@ import pytest
 import torch
 from conftest import BASE, tiny_model
 
-from budget_force import Budget, gain, measure, summarise, wilson
+from budget_force import (Budget, Setting, any_right, first_that_fits, gain, measure, most_voted,
+                          scaling, spans, summarise, wilson)
 from data import BadInput, Chat
 from sample import Row, Sampler
 
@@ -208,33 +209,79 @@ def test_budget_of_a_real_tokenizer(chat):
 
 
 def test_measures():
-    rows = [{"correct": i < 30, "thinking_tokens": 10.0} for i in range(40)]
+    rows = [{"correct": i < 30, "thinking_tokens": 10.0, "found": None if i > 37 else "5"}
+            for i in range(40)]
     run = measure(rows, method="budget", max_thinking=16, waits=0)
-    assert (run["n"], run["correct"], run["accuracy"], run["thinking_tokens"]) == (
-        40, 30, 0.75, 10.0)
+    assert (run["n"], run["correct"], run["accuracy"], run["thinking_tokens"],
+            run["unanswered"]) == (40, 30, 0.75, 10.0, 2)
     low, high = wilson(30, 40)
     assert low == pytest.approx(0.5981, abs=1e-4) and high == pytest.approx(0.8581, abs=1e-4)
     assert wilson(0, 40)[0] == 0 and wilson(40, 40)[1] == 1
     others = [{"correct": i < 20} for i in range(40)]
-    mean, low, high = gain(rows, others)
+    mean, low, high, p = gain(rows, others)
     assert mean == 25 and low == pytest.approx(25 - 1.96 * 100 * (0.25 * 0.75 / 40) ** 0.5)
+    assert p == pytest.approx(2 / 2 ** 10)          # ten questions, all of them won
+    mixed = [{"correct": i in (0, 1, 2)} for i in range(8)], [{"correct": i == 7} for i in range(8)]
+    assert gain(*mixed)[3] == pytest.approx(2 * (1 + 4) / 16) and gain(rows, rows)[3] == 1
 
 
-def a_run(tokens, accuracy, **changes):
-    return {**dict(method="budget", max_thinking=tokens, waits=0, thinking_tokens=tokens,
-                   accuracy=accuracy), **changes}
+def a_run(tokens, accuracy, max_thinking=None, kept=True, n=1000, **changes):
+    rows = [{"correct": i < round(n * accuracy), "thinking_tokens": tokens} for i in range(n)]
+    return dict(method="budget", waits=0, kept=kept) | changes, rows
 
 
 def test_summary():
     """Control, Scaling and Performance on numbers worked by hand: 20 points a doubling, then 10."""
     runs = [a_run(0, 0.1), a_run(16, 0.2), a_run(32, 0.4), a_run(64, 0.5)]
-    others = [a_run(99, 0.9, max_thinking=-1, waits=1), a_run(0, 0.95, method="direct")]
-    found = summarise(runs + others)
+    found = summarise([*runs, a_run(99, 0.9, kept=None, waits=1)])
     assert found["control"] == 100 and found["performance"] == 90
     assert found["scaling_points_per_doubling"] == pytest.approx((20 + 15 + 10) / 3)
-    assert summarise([*runs[1:], a_run(70, 0.5, max_thinking=64)])["control"] == 75
+    low, high = found["scaling_points_per_doubling_interval"]
+    assert 13 < low < 15 < high < 17
+    per_token = (20 / 16 + 30 / 48 + 10 / 32) / 3
+    assert found["scaling_points_per_1000_tokens"] == pytest.approx(1000 * per_token)
+    assert summarise([*runs[1:], a_run(70, 0.5, kept=False)])["control"] == 75
+    alone = summarise([a_run(5, 0.5, kept=None)])
+    assert alone["control"] is None and alone["scaling_points_per_doubling"] is None
 
 
-def test_scaling_is_not_ruled_by_two_runs_that_thought_alike():
-    runs = [a_run(16, 0.2), a_run(32, 0.4), a_run(64, 0.600), a_run(64.05, 0.594, max_thinking=-1)]
-    assert 19 < summarise(runs)["scaling_points_per_doubling"] < 21
+def test_the_papers_axis():
+    """Its tables 12 to 14 give the printed Scaling only with log2 of the tokens (RECIPE, part 4);
+    here two runs, and one pair that is too close to count."""
+    assert scaling([16, 32], [0.2, 0.4]) == pytest.approx(20)
+    assert 19 < scaling([16, 32, 64, 64.05], [0.2, 0.4, 0.6, 0.594]) < 21
+    assert scaling([0, 64], [0.1, 0.4]) is None
+
+
+def row(**changes):
+    return dict(found="1", correct=False, ended="natural", thinking_tokens=10) | changes
+
+
+def test_methods_fold_samples():
+    cut, right, other = row(ended="cut"), row(found="2", correct=True), row(found="3")
+    assert first_that_fits([cut, right, other]) == {**right, "tries": 2}
+    none = first_that_fits([cut, {**cut, "correct": True}])
+    assert (none["found"], none["correct"], none["tries"]) == (None, False, 2)
+    silent = row(found=None)
+    assert most_voted([other, right, silent, silent, silent, right])["found"] == "2"
+    assert most_voted([other, right, right, other])["found"] == "3"         # the earliest of equals
+    assert most_voted([other, right])["thinking_tokens"] == 20
+    assert most_voted([silent, silent])["found"] is None
+    assert any_right([other, silent, right])["correct"] and not any_right([other])["correct"]
+    assert any_right([other, silent, right])["thinking_tokens"] == 30
+
+
+def test_settings_say_and_check_what_they_ask():
+    assert Setting("budget", 64).question("q", 8) == "q"
+    assert Setting("tokens", 64).question("q", 8) == "q Think for up to 64 tokens."
+    assert Setting("steps+budget", 64).question("q", 8) == "q Think for up to 8 steps."
+    assert Setting("class", 100).question("q", 8) == "q Think for a short time."
+    assert Setting("class").question("q", 8) == "q Think for a long time."
+    assert Setting("tokens", 64).kept(64) and not Setting("tokens", 64).kept(64.1)
+    assert Setting("class").kept(101) and not Setting("class").kept(100)
+    assert Setting("budget").kept(5) is None and Setting("direct", 0).kept(0) is None
+
+
+def test_spans():
+    assert spans([False, True, True, False, True]) == [[1, 3], [4, 5]]
+    assert spans([]) == [] and spans([True]) == [[0, 1]]

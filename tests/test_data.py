@@ -259,6 +259,47 @@ def test_grade_countdown(text, right):
     assert grade(text, {"numbers": [2, 3, 5], "target": 16}) is right
 
 
+def test_load_questions_by_the_names_they_have(tmp_path):
+    def load(*rows, seed=0):
+        (tmp_path / "q.json").write_text(json.dumps(rows))
+        return data.load_questions(tmp_path / "q.json", seed)
+    assert load({"problem": "p", "solution": "s", "answer": "5", "level": 1},
+                {"question": "q", "answer": 23}) == [
+        {"question": "p", "answer": "5"}, {"question": "q", "answer": "23"}]
+    assert load({"question": "q", "solution": "so \\boxed{7}."})[0]["answer"] == "7"
+    gpqa = {"Question": "Which?", "Correct Answer": "yes", "Incorrect Answer 1": "no",
+            "Incorrect Answer 2": "maybe", "Incorrect Answer 3": "never"}
+    letters = set()
+    for seed in range(20):
+        made, = load(gpqa, seed=seed)
+        assert f"{made['answer']}) yes" in made["question"] and "D) " in made["question"]
+        assert load(gpqa, seed=seed) == [made]
+        letters.add(made["answer"])
+    assert letters == set("ABCD")
+    for bad in ({"question": "q"}, {"answer": "5"}):
+        with pytest.raises(BadInput, match="entry 1: no "):
+            load(bad)
+
+
+def test_lengths_are_asked_for_as_they_are(chat):
+    traces = countdown_traces(60, 0)
+    kinds = set()
+    for trace, asked in zip(traces, data.ask_for_lengths(traces, chat, list(data.KINDS), 0)):
+        assert asked[1:] == trace[1:] and asked[0].startswith(trace[0] + " Think for ")
+        tokens, steps = len(chat.text(trace[1])), trace[1].count("\n") + 1
+        said = asked[0].removeprefix(trace[0] + " Think for ")
+        if "time" in said:
+            assert said == f"a {'short' if tokens <= data.SHORT else 'long'} time."
+        else:
+            limit, kind = re.fullmatch(r"up to (\d+) (tokens|steps)\.", said).groups()
+            asked_for = tokens if kind == "tokens" else steps
+            assert asked_for < int(limit) <= 2 * asked_for
+        kinds.add(said.split()[-1])
+    assert kinds == {"tokens.", "steps.", "time."}
+    assert all(example in data.load_examples("countdown", chat, 60, ask=["class"])
+               for example in data.load_examples("countdown", chat, 5, ask=["class"]))
+
+
 # ---- Packing --------------------------------------------------------------------------------
 
 

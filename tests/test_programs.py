@@ -1,7 +1,14 @@
 """The programs as a person runs them: training, the whole path, and what they say to bad input."""
 import json
+import os
+import random
 import re
 import shutil
+import signal
+import subprocess
+import sys
+import time
+from types import SimpleNamespace
 
 import pytest
 import safetensors.torch
@@ -155,17 +162,125 @@ def test_train_then_evaluate(run, tiny, tmp_path):
     assert code == 2 and "already holds" in error
 
 
+def evaluated(directory):
+    """rows.jsonl, runs.jsonl and summary.json as bytes: two evaluations are the same or not."""
+    return [(directory / "eval" / name).read_bytes()
+            for name in ("rows.jsonl", "runs.jsonl", "summary.json")]
+
+
+EVALUATION = ("--base=", "--n", 12, "--budgets", 8, -1, "--waits", 1, "--max-length", 200,
+              "--slots", 3)
+
+
+def test_a_killed_evaluation_goes_on(run, tiny, tmp_path):
+    """Killed again and again at random, once with a torn line: in the end the rows of one that was
+    not, each question once; what was answered is not asked again."""
+    whole, out = tmp_path / "whole" / "tiny", tmp_path / "killed" / "tiny"
+    for directory in (whole, out):
+        shutil.copytree(tiny, directory)
+    assert run("budget_force", "--model", whole, *EVALUATION)[0] == 0
+    journal, rng, kills = out / "eval.draft" / "rows.0.jsonl", random.Random(0), 0
+    for _ in range(30):
+        child = os.fork()
+        if not child:
+            devnull = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(devnull, 1), os.dup2(devnull, 2)
+            sys.argv = ["budget_force.py", "--model", str(out), *map(str, EVALUATION)]
+            try:
+                budget_force.main()
+            finally:
+                os._exit(0)
+        before = journal.stat().st_size if journal.exists() else 0
+        deadline = time.monotonic() + 60
+        while not (out / "eval").exists() and time.monotonic() < deadline and (
+                not journal.exists() or journal.stat().st_size == before):
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.02)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        if (out / "eval").exists():
+            break
+        kills += 1
+        if kills == 2:
+            with open(journal, "a") as file:
+                file.write('["torn')
+        lines = journal.read_bytes().split(b"\n")[:-1]
+        keys = [json.dumps(json.loads(line)[:2]) for line in lines]
+        assert len(keys) == len(set(keys)) and journal.stat().st_size >= before - 6
+    assert kills > 2
+    if not (out / "eval").exists():
+        assert run("budget_force", "--model", out, *EVALUATION)[0] == 0
+    assert evaluated(out) == evaluated(whole)
+
+
+def test_an_evaluation_with_other_arguments_is_not_gone_on_with(run, tiny, tmp_path):
+    out = tmp_path / "tiny"
+    shutil.copytree(tiny, out)
+    (out / "eval.draft").mkdir()
+    (out / "eval.draft" / "arguments.json").write_text("{}")
+    code, _, error = run("budget_force", "--model", out, *EVALUATION)
+    assert code == 2 and "other arguments" in error
+    assert run("budget_force", "--model", out, *EVALUATION, "--overwrite")[0] == 0
+    assert not (out / "eval.draft").exists()
+
+
+def test_two_processes_share_the_questions(run, tiny, tmp_path):
+    one, two = tmp_path / "one" / "tiny", tmp_path / "two" / "tiny"
+    for directory in (one, two):
+        shutil.copytree(tiny, directory)
+    assert run("budget_force", "--model", one, *EVALUATION)[0] == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port",
+         "29731", "--", ROOT / "budget_force.py", "--model", two, *map(str, EVALUATION)],
+        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr
+    assert evaluated(one) == evaluated(two)
+    assert done.stdout.count("wrote") == 1          # one of them speaks
+
+
+def test_the_papers_methods(run, tiny, tmp_path):
+    out = tmp_path / "tiny"
+    shutil.copytree(tiny, out)
+    code, printed, error = run(
+        "budget_force", "--model", out, "--base=", "--n", 3, "--budgets", 4, 16, "--max-length",
+        200, "--waits", 0, "--temperature", 1, "--samples", 1, 3, "--tries", 2, "--method",
+        "budget", "tokens", "tokens+budget", "steps", "steps+budget", "class", "rejection",
+        "majority", "coverage")
+    assert code == 0, error
+    summary = json.loads((out / "eval" / "summary.json").read_text())
+    assert len(summary["methods"]) == 9 and "class: short" in printed
+    for method in ("budget", "tokens+budget", "steps+budget", "rejection"):
+        assert summary["methods"][method]["control"] == 100
+    rows = [json.loads(line) for line in (out / "eval" / "rows.jsonl").read_text().splitlines()]
+    assert all(row["tries"] <= 2 for row in rows if row["method"] == "rejection")
+    code, printed, _ = run("budget_force", "--draw", out / "eval" / "runs.jsonl")
+    assert code == 0 and "class: long" in printed
+
+
+def test_questions_of_a_file(run, tiny, tmp_path):
+    (tmp_path / "q.jsonl").write_text('{"problem": "1+1?", "answer": "2"}\n' * 3)
+    out = tmp_path / "tiny"
+    shutil.copytree(tiny, out)
+    code, printed, error = run("budget_force", "--model", out, "--base=", "--budgets", 4, "--waits",
+                               0, "--questions", tmp_path / "q.jsonl", "--n", 2)
+    assert code == 0, error
+    rows = [json.loads(line) for line in (out / "eval" / "rows.jsonl").read_text().splitlines()]
+    assert [row["question"] for row in rows] == ["1+1?"] * 2
+
+
 def test_only_the_answer_is_graded(chat, monkeypatch):
     """A right expression in the thinking, or behind a second end of it, earns nothing."""
     question = {"question": "q", "answer": {"numbers": [2, 3, 5], "target": 16}}
 
     def graded(text, cut=False):
-        made = budget_force.Budget.of(chat, 0 if cut else -1, 0)
+        setting = budget_force.Setting("budget", 0 if cut else -1)
+        args = SimpleNamespace(wait=["Wait"], max_answer=32, grace=0, repeats=0, step_tokens=8,
+                               temperature=0, top_k=0, top_p=1, min_p=0, seed=0)
 
         class Scripted:
             max_length = 999
 
-            def generate(self, prompts, steer, **options):
+            def generate(self, prompts, steer, *others, **options):
                 row, script = sample.Row(0, prompts[0]), chat.tokenizer
                 script.encode_special_tokens = False
                 drawn = script.encode(text).ids
@@ -174,7 +289,8 @@ def test_only_the_answer_is_graded(chat, monkeypatch):
                     sample.Sampler.take(self, row, drawn.pop(0) if not row.queue else None, steer)
                     row.finish = "stop" if row.tokens[-1] in chat.stops else None
                 yield row
-        return budget_force.evaluate(Scripted(), chat, [question], made)[0]
+        (_, row), = budget_force.evaluate(Scripted(), chat, {0: question}, setting, args)
+        return row
     assert graded("no\n<|im_start|>Answer: (3+5)*2<|im_end|>")["correct"]
     # Here x gives way to `Final Answer:`.
     assert graded("x (3+5)*2<|im_end|>", cut=True)["found"] == "(3+5)*2"
