@@ -401,12 +401,12 @@ def summarise(results, resamples=500):
 
 def line(run):
     """A run as a line of the table, with a bar of 50 characters for 100%."""
-    return (f"{run['model'][:16]:16} {in_words(run):22} {run['thinking_tokens']:8.1f} "
+    return (f"{run['model'][:16]:16} {in_words(run):18} {run['thinking_tokens']:8.1f} "
             f"{100 * run['accuracy']:6.1f}% [{100 * run['low']:5.1f}, {100 * run['high']:5.1f}] "
             f"{'█' * round(50 * run['accuracy'])}")
 
 
-HEADER = f"{'model':16} {'thinking budget':22} {'thought':>8} {'right':>7} {'95% interval':14}"
+HEADER = f"{'model':16} {'thinking budget':18} {'thought':>8} {'right':>7} {'95% interval':14}"
 
 
 def in_words(run):
@@ -425,10 +425,10 @@ def in_words(run):
 def side_by_side(students):
     """The accuracy of several students under the same settings, mean and spread (max - min)."""
     names = "".join(f"{runs[0]['model'][:10]:>11}" for runs in students)
-    print(f"{'thinking budget':22}{names}{'mean':>11}{'spread':>8}")
+    print(f"{'thinking budget':18}{names}{'mean':>11}{'spread':>8}")
     for same in zip(*students):
         right = [100 * run["accuracy"] for run in same]
-        print(f"{in_words(same[0]):22}" + "".join(f"{value:10.1f}%" for value in right)
+        print(f"{in_words(same[0]):18}" + "".join(f"{value:10.1f}%" for value in right)
               + f"{statistics.fmean(right):10.1f}%{max(right) - min(right):8.1f}")
 
 

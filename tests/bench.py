@@ -2,6 +2,7 @@
 
     python tests/bench.py loss      the fused loss beside whole logits, PyTorch's own and Liger's
     python tests/bench.py train     the loop beside transformers' model in a plain loop
+    python tests/bench.py decode    the sampler beside transformers' generate, and what forcing costs
 
 A peer that is not installed is left out, and a line says so. `pip install transformers` (and
 liger-kernel on a CUDA machine) into an environment of its own. Times are medians of rounds in which
@@ -24,7 +25,9 @@ import torch.nn.functional as F
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import train
+from budget_force import Budget
 from model import Config, FusedLinearCrossEntropy, Transformer
+from sample import Sampler
 
 CUDA = torch.cuda.is_available()
 DEVICE = "cuda" if CUDA else "cpu"
@@ -296,12 +299,123 @@ def bench_train(rounds, peak):
                for key, s in seconds.items()])
 
 
+# ---- Decoding -------------------------------------------------------------------------------
+
+
+def decode_jobs(vocabulary):
+    """{what: (prompts, new tokens of each)}; the last one's lengths vary as thinking does."""
+    rng = random.Random(0)
+
+    def prompts(n):
+        return [[rng.randrange(1, vocabulary) for _ in range(rng.randint(16, 48))]
+                for _ in range(n)]
+    ragged = [round(20 * 20 ** rng.random() ** 2) for _ in range(128)]      # 20 to 400
+    return {"batch 1": (prompts(1), [128]), "batch 32, equal": (prompts(32), [128] * 32),
+            "128 prompts, ragged": (prompts(128), ragged)}
+
+
+class Until:
+    """A steer that ends each row with token 0 after its number of tokens; costs nothing else."""
+
+    def __init__(self, lengths):
+        self.lengths = lengths
+
+    def __call__(self, row, token):
+        return [0] if len(row.tokens) + 1 == self.lengths[row.index] else [token or 1]
+
+
+def our_decode(model, prompts, lengths, slots):
+    sampler = Sampler(model, min(slots, len(prompts)), 48 + max(lengths))
+    return lambda: sum(len(row.tokens) for row in
+                       sampler.generate(prompts, Until(lengths), stops={0}))
+
+
+def their_decode(model, prompts, lengths, slots):
+    """Batches of `slots`, padded on the left; each goes on until its longest row is done."""
+    from transformers import LogitsProcessor, LogitsProcessorList
+
+    class End(LogitsProcessor):
+        """Token 0 where a row has its length, and never before."""
+        def __init__(self, wanted, width):
+            self.wanted, self.width = torch.tensor(wanted, device=DEVICE), width
+
+        def __call__(self, ids, scores):
+            ends = ids.shape[1] - self.width + 1 >= self.wanted
+            scores[:, 0] = torch.where(ends, 1e9, -1e9)
+            return scores
+
+    def run():
+        for start in range(0, len(prompts), slots):
+            part, wanted = prompts[start:start + slots], lengths[start:start + slots]
+            width = max(map(len, part))
+            ids = torch.tensor([[0] * (width - len(p)) + p for p in part], device=DEVICE)
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part],
+                                device=DEVICE)
+            model.generate(ids, attention_mask=mask, do_sample=False, max_new_tokens=max(wanted),
+                           eos_token_id=0, pad_token_id=0,
+                           logits_processor=LogitsProcessorList([End(wanted, width)]))
+    return run
+
+
+def bench_decode(rounds):
+    config = next(iter(shapes().values()))[0] if not CUDA else shapes()["1.5 B"][0]
+    dtype = torch.bfloat16 if CUDA else torch.float32
+    model = Transformer(config).init_weights(0).to(DEVICE, dtype)
+    theirs = None
+    try:
+        from transformers import Qwen2Config, Qwen2ForCausalLM
+        fields = {key: value for key, value in config.to_dict().items() if key != "head_dim"}
+        theirs = Qwen2ForCausalLM(Qwen2Config(**fields)).to(DEVICE, dtype).eval()
+        theirs.load_state_dict(model.state_dict(), strict=False)
+    except ImportError:
+        print("transformers is not installed: left out")
+    size = sum(p.numel() for p in model.parameters())
+    print(f"{size / 1e6:,.0f} M parameters, greedy, 32 slots or batches of 32\n")
+    rows = []
+    for what, (prompts, lengths) in decode_jobs(config.vocab_size).items():
+        contestants = {"ours": our_decode(model, prompts, lengths, 32)}
+        if theirs:
+            contestants["generate"] = their_decode(theirs, prompts, lengths, 32)
+        seconds = medians(contestants, rounds)
+        slowest = seconds.get("generate", seconds["ours"])
+        rows += [[what, name, f"{sum(lengths) / s:,.0f}", f"{slowest / s:.2f}"]
+                 for name, s in seconds.items()]
+    table(["job", "who", "tokens/s", "times generate"], rows)
+    bench_forcing(model, config, rounds)
+
+
+def bench_forcing(model, config, rounds):
+    """What a budget costs over plain sampling of as many tokens, and a Wait over none."""
+    prompts, _ = decode_jobs(config.vocab_size)["batch 32, equal"]
+    close, wait, n = [1, 2], [3, 4], 128
+    words = list(range(10))                 # never sampled by chance: the thinking is cut or waits
+
+    def forced(waits):
+        made = Budget(n - 5, waits, close=close, wait=[wait], final=[5], newline=[6], stop=0,
+                      line_ends=frozenset(), ends=frozenset({(0,)}), max_answer=1)
+
+        def steer(row, token):              # wants to end every 30 tokens
+            return made(row, 0 if waits and len(row.tokens) % 30 == 29 else max(token, len(words)))
+        return steer
+    samplers = {name: Sampler(model, 32, 200) for name in ("plain", "cut", "two Waits")}
+    jobs = {"plain": lambda: list(samplers["plain"].generate(
+                prompts, lambda row, token: [max(token, len(words))], max_new_tokens=n)),
+            "cut": lambda: list(samplers["cut"].generate(prompts, forced(0), max_new_tokens=n)),
+            "two Waits": lambda: list(samplers["two Waits"].generate(
+                prompts, forced(2), max_new_tokens=n))}
+    seconds = medians(jobs, rounds)
+    again = {"plain": 0, "cut": 0, "two Waits": sum(2 * len(p) + 30 + 61 for p in prompts)}
+    table(["32 rows of 128 tokens", "times plain", "tokens computed", "and where a Wait reads all again"],
+          [[name, f"{s / seconds['plain']:.3f}", samplers[name].computed // (rounds + 1),
+            samplers[name].computed // (rounds + 1) + again[name]] for name, s in seconds.items()])
+
+
 def main():
     if sys.argv[1:2] == ["_memory"]:
         return memory_of_one(*sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=("loss", "train"))
+    parser.add_argument("what", nargs="+", choices=("loss", "train", "decode"))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device-tflops", type=float, help="the datasheet's peak, for MFU")
     args = parser.parse_args()
@@ -310,6 +424,8 @@ def main():
         bench_loss(args.rounds)
     if "train" in args.what:
         bench_train(args.rounds, args.device_tflops)
+    if "decode" in args.what:
+        bench_decode(args.rounds)
 
 
 if __name__ == "__main__":
