@@ -467,8 +467,8 @@ def draw(runs, path):
     from matplotlib import pyplot
     figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
     colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-    names = list(dict.fromkeys((run["model"], run["method"]) for run in runs))
-    for number, (model, method) in enumerate(names):
+    names = dict.fromkeys((run["model"], run["method"]) for run in runs)
+    for number, (model, method) in enumerate(sorted(names, key=lambda name: name[1] == "direct")):
         mine = [run for run in runs if (run["model"], run["method"]) == (model, method)]
         colour, style = colours[number % 7], ("-", "--", ":", "-.")[number % 4]
         if method == "direct":
