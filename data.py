@@ -430,13 +430,13 @@ GIVE_UP = 0.7                       # how likely the teacher gives up when it is
 PATIENCE = 8                        # first steps of the search after which the teacher may give up
 
 
-def teacher(numbers, target, rng, give_up=GIVE_UP, hasty=0.15, doubt=0.42):
+def teacher(numbers, target, rng, give_up=GIVE_UP, patience=PATIENCE, hasty=0.15, doubt=0.42):
     """Think in text as people do, then answer: (thinking, answer), the answer not always right.
 
     The search goes in a fixed order and checks each try against the target. The teacher is
     sometimes `hasty` and takes a near miss for a hit; it rarely passes over a hit. It may `doubt` a
     hit, look again (a line with `Wait`) and write the answer again or, where it was hasty, take it
-    back and go on. Now and then it pauses with a `Wait` between two steps. After PATIENCE of its
+    back and go on. Now and then it pauses with a `Wait` between two steps. After `patience` of its
     nine first steps, and again at the very end, it gives up with probability `give_up` and answers
     with its last try; else it goes on behind a `Wait`. So every case of what may follow is there.
     """
@@ -445,7 +445,7 @@ def teacher(numbers, target, rng, give_up=GIVE_UP, hasty=0.15, doubt=0.42):
         for line, left in walk(leaves(numbers)):
             if len(left) == len(numbers) - 1:
                 steps += 1
-                if steps == PATIENCE + 1:
+                if steps == patience + 1:
                     if rng.random() < give_up:
                         return "\n".join(lines), answer
                     lines.append("Wait")
@@ -473,11 +473,21 @@ def teacher(numbers, target, rng, give_up=GIVE_UP, hasty=0.15, doubt=0.42):
         lines.append("Wait")
 
 
-def countdown_traces(n, seed, give_up=GIVE_UP):
-    """n traces of the teacher: (question, thinking, answer) strings; the first n of any more."""
-    return [(row["question"], *teacher(**row["answer"], give_up=give_up,
-                                       rng=random.Random(f"teacher {seed} {row['question']}")))
-            for row in countdown_questions("train", n, seed)]
+def countdown_traces(n, seed, give_up=GIVE_UP, hurried=False):
+    """n traces of the teacher: (question, thinking, answer) strings; the first n of any more.
+
+    `hurried`: half of them by a teacher with less patience, drawn by chance, who then surely gives
+    up. Without this a trace is as long as its question is hard, and a length that is written into
+    the question would tell a student nothing that it could obey.
+    """
+    traces = []
+    for row in countdown_questions("train", n, seed):
+        haste = random.Random(f"haste {seed} {row['question']}")
+        chances = ({"give_up": 1.0, "patience": haste.randint(1, PATIENCE)}
+                   if hurried and haste.random() < 0.5 else {"give_up": give_up})
+        rng = random.Random(f"teacher {seed} {row['question']}")
+        traces.append((row["question"], *teacher(**row["answer"], rng=rng, **chances)))
+    return traces
 
 
 # The pieces of pre-training: what a base has before it sees one trace. No piece shows a question
@@ -985,7 +995,7 @@ def load_examples(data, chat, n=None, seed=0, give_up=GIVE_UP, ask=()):
         return [(chat.example(*piece)[0], 1) if isinstance(piece, tuple)
                 else ([*chat.text(piece), *chat.render("<|endoftext|>")], 1)
                 for piece in countdown_pieces(n or 150_000, seed)]
-    traces = (countdown_traces(n or 1000, seed, give_up) if data == "countdown"
+    traces = (countdown_traces(n or 1000, seed, give_up, bool(ask)) if data == "countdown"
               else load_traces(data))
     if ask:
         traces = list(ask_for_lengths(traces, chat, ask, seed))
@@ -1066,7 +1076,7 @@ def main():
             for example in load_examples(args.data, chat, args.n, args.seed):
                 print(show(chat, *example, colour))
         elif args.command == "countdown":
-            traces = countdown_traces(args.n, args.seed, args.give_up)
+            traces = countdown_traces(args.n, args.seed, args.give_up, bool(args.ask))
             if args.ask:
                 chat = Chat(local(args.model), args.chat, args.thinking)
                 traces = ask_for_lengths(traces, chat, args.ask, args.seed)

@@ -61,6 +61,8 @@ class Sampler:
         self.model, self.slots, self.max_length = model.eval(), slots, max_length
         weight = model.model.embed_tokens.weight
         self.device = weight.device
+        if self.device.type == "cpu":
+            stand_upright(model)
         self.cache = KVCache.empty(model.config, slots, max_length, weight.dtype, weight.device)
         self.prefilled = {}                         # prompts with samples left: (k, v, logits)
         self.computed = 0                           # tokens that went through the model
@@ -164,6 +166,14 @@ class Sampler:
         self.computed += sum(row is not None for row in rows)
         ids = torch.tensor([[row.tokens[-1] if row else 0] for row in rows], device=self.device)
         return self.model(ids, cache=self.cache)[:, 0]
+
+
+def stand_upright(model):
+    """Lay the columns of each wide matrix side by side in memory: the same numbers, but a product
+    with one row, which only reads weights, is two to three times as fast by MKL."""
+    for p in model.parameters():
+        if p.dim() == 2 and p.shape[0] >= p.shape[1]:
+            p.data = p.data.T.contiguous().T
 
 
 def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
