@@ -476,15 +476,14 @@ def teacher(numbers, target, rng, give_up=GIVE_UP, patience=PATIENCE, hasty=0.15
 def countdown_traces(n, seed, give_up=GIVE_UP, hurried=False):
     """n traces of the teacher: (question, thinking, answer) strings; the first n of any more.
 
-    `hurried`: half of them by a teacher with less patience, drawn by chance, who then surely gives
-    up. Without this a trace is as long as its question is hard, and a length that is written into
+    `hurried`: by a teacher whose patience is drawn by chance and who then surely gives up. Without this a trace is as long as its question is hard, and a length that is written into
     the question would tell a student nothing that it could obey.
     """
     traces = []
     for row in countdown_questions("train", n, seed):
         haste = random.Random(f"haste {seed} {row['question']}")
-        chances = ({"give_up": 1.0, "patience": haste.randint(1, PATIENCE)}
-                   if hurried and haste.random() < 0.5 else {"give_up": give_up})
+        chances = ({"give_up": 1.0, "patience": haste.randint(1, PATIENCE)} if hurried
+                   else {"give_up": give_up})
         rng = random.Random(f"teacher {seed} {row['question']}")
         traces.append((row["question"], *teacher(**row["answer"], rng=rng, **chances)))
     return traces

@@ -332,3 +332,11 @@ def test_order_is_a_function_of_seed_and_epoch():
 
 def test_escape_leaves_no_control_character():
     assert data.escape("a\x1b[31m\n\x07é") == "a\\x1b[31m\n\\x07é"
+
+
+def test_a_hurried_teacher_gives_up_early_on_the_same_question():
+    calm, hurried = (countdown_traces(200, 0, hurried=hurry) for hurry in (False, True))
+    assert [trace[0] for trace in calm] == [trace[0] for trace in hurried]
+    lines = [sum(trace[1].count("\n") for trace in traces) for traces in (calm, hurried)]
+    assert lines[1] < 0.8 * lines[0]
+    assert all(trace[2] for trace in hurried)           # an answer there is, the last try
