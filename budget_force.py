@@ -41,7 +41,7 @@ class Thought:
     """Where a row stands: what `Budget` keeps in `row.memory`."""
     start: int = 0                      # where thinking begins in row.tokens
     waits: int = 0                      # how often it was made to go on
-    ended: str | None = None            # "natural", "cut" (budget), "context" (no room), "repetition"
+    ended: str | None = None            # "natural", "cut" (budget), "context" (room), "repetition"
     tokens: int = 0                     # of thinking, once it has ended: sampled, and each `Wait`
     answer: int | None = None           # where the answer begins in row.tokens
     begin: int | None = None            # where what is sampled of it begins

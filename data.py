@@ -476,8 +476,9 @@ def teacher(numbers, target, rng, give_up=GIVE_UP, patience=PATIENCE, hasty=0.15
 def countdown_traces(n, seed, give_up=GIVE_UP, hurried=False):
     """n traces of the teacher: (question, thinking, answer) strings; the first n of any more.
 
-    `hurried`: by a teacher whose patience is drawn by chance and who then surely gives up. Without this a trace is as long as its question is hard, and a length that is written into
-    the question would tell a student nothing that it could obey.
+    `hurried`: by a teacher whose patience is drawn by chance and who then surely gives up. Without
+    this a trace is as long as its question is hard, and a length that is written into the question
+    would tell a student nothing that it could obey.
     """
     traces = []
     for row in countdown_questions("train", n, seed):
@@ -673,7 +674,8 @@ def equal(found, answer):
 # What is written differently and means the same, in the order in which it is put right.
 SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     (r",\\!\s*|\{,\}", ","), (r"\\(begin|end)\s*\{[a-z]{1,9}\}", r"\\\1 "),
-    (r"(?<!\\)\\(?:left|right|displaystyle|bigg?|Bigg?|,|!|;|:| |limits)(?![a-zA-Z])|~|\\?\$|\u200b", ""),
+    (r"(?<!\\)\\(?:left|right|displaystyle|bigg?|Bigg?|limits|[,!;: ])(?![a-zA-Z])", ""),
+    (r"~|\\?\$|\u200b", ""),
     ("\u2212", "-"), ("\u00d7|\u00b7", r"\\cdot "), ("\u03c0", r"\\pi "), ("\u221e", r"\\infty "),
     ("\u221a", r"\\sqrt "), ("\u00b0", ""), (r"\\(?:dfrac|tfrac|cfrac)", r"\\frac"),
     (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|\\%|%", ""),
@@ -810,17 +812,18 @@ class Formula:
             raise ValueError("nested too deep")
         value = self.product()
         while op := self.take("+", "-", "\\pm"):
-            self.twofold |= op == "\\pm"
-            value = self.number(value) + (self.sign if op == "\\pm" else 1 - 2 * (op == "-")) * self.number(
-                self.product())
+            value = self.number(value) + self.signed(op)
         self.depth -= 1
         return value
 
+    def signed(self, op):
+        """The next product under its sign; of a \\pm first the one, then the other."""
+        self.twofold |= op == "\\pm"
+        return {"+": 1, "-": -1, "\\pm": self.sign}[op] * self.number(self.product())
+
     def product(self):
         if op := self.take("-", "+", "\\pm"):
-            self.twofold |= op == "\\pm"
-            return (self.sign if op == "\\pm" else 1 - 2 * (op == "-")) * self.number(
-                self.product())
+            return self.signed(op)
         mixed = re.fullmatch(r"\d+", self.tokens[-1]) if self.tokens else None
         value = self.power()
         if mixed and self.tokens and self.tokens[-1] == "\\frac":
@@ -923,7 +926,8 @@ class Formula:
 
 # What a product ends before; whatever else comes is multiplied.
 SIGNS = ("<", ">", "\\le", "\\ge", "\\ne", "\\in", "\\cup", "\\cap", ":")
-STOPS = {"+", "-", "\\pm", ",", ";", ")", "]", "}", "\u27e9", "=", "|", "&", "\\\\", "\\end", *SIGNS}
+STOPS = {"+", "-", "\\pm", ",", ";", ")", "]", "}", "\u27e9", "=", "|", "&", "\\\\", "\\end",
+         *SIGNS}
 
 
 def raised(base, exponent):

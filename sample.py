@@ -32,7 +32,8 @@ class Row:
     sample: int = 0
     tokens: list = field(default_factory=list)      # what went in behind the prompt
     forced: list = field(default_factory=list)      # for each token: did we put it in?
-    finish: str | None = None                       # "stop", "max_new_tokens", "length", "repetition"
+    finish: str | None = None                       # "stop", "max_new_tokens", "length" (full)
+                                                    # or "repetition"
     banned: set = field(default_factory=set)
     memory: Any = None
     queue: deque = field(default_factory=deque)     # forced tokens that still have to go in
