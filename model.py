@@ -13,6 +13,7 @@ Parameter names are Hugging Face's, so a checkpoint loads by one strict `load_st
 Shapes in comments: B rows, T tokens of a row, C hidden size, H query heads, K key-value heads,
 D width of a head, L places of the cache, V vocabulary, N supervised tokens.
 """
+import itertools
 import json
 import math
 from dataclasses import asdict, dataclass, field, fields
@@ -224,8 +225,8 @@ class Attention(nn.Module):
         v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)               # (B,K,T,D)
         q, k = rotate(q, *rope), rotate(k, *rope)
         if cached is not None:
-            cache, layer, places, mask = cached
-            k, v = cache.update(layer, k, v, places, mask.shape[-1])         # (B, K, L, D)
+            (old_k, old_v), places, mask = cached
+            k, v = write(old_k, k, places, mask), write(old_v, v, places, mask)  # (B, K, L, D)
             y = attend_cached(q, k, v, mask)
         else:
             y = attend_packed(q, k, v, lengths)
@@ -263,46 +264,46 @@ class KVCache:
     """Keys and values of `slots` rows with `length` places each, and how many places are filled.
 
     The cache owns the position: `forward` puts the next T tokens of row b at the places
-    filled[b], filled[b] + 1, ... and moves filled[b] on. `cache.slot(b)` is row b alone, over the
-    same memory, for a prefill. Setting filled[b] = 0 frees the row; nothing is erased.
+    filled[b], filled[b] + 1, ... and moves filled[b] on. `cache.rows(a, b)` are the slots from a up
+    to b alone, over the same memory. Setting filled[b] = 0 frees a row; nothing is erased.
     """
 
-    def __init__(self, k, v, filled, first=0):
-        self.k, self.v = k, v                   # (layers, slots, K, length, D)
-        self.filled, self.first = filled, first     # of all rows; where this cache's rows begin
+    def __init__(self, layers, filled):
+        self.layers = layers                        # of each a pair k, v: (slots, K, length, D)
+        self.filled = filled                        # (slots,), on the CPU
 
     @classmethod
     def empty(cls, config, slots, length, dtype=torch.float32, device="cpu"):
-        shape = (config.num_hidden_layers, slots, config.num_key_value_heads, length,
-                 config.head_dim)
-        return cls(*(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"), [0] * slots)
+        shape = (slots, config.num_key_value_heads, length, config.head_dim)
+        return cls([tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv")
+                    for _ in range(config.num_hidden_layers)], torch.zeros(slots, dtype=torch.long))
 
-    def slot(self, b):
-        """Row b as a cache of one slot that writes through to this one."""
-        return KVCache(self.k[:, b:b + 1], self.v[:, b:b + 1], self.filled, b)
+    def rows(self, first, end):
+        return KVCache([(k[first:end], v[first:end]) for k, v in self.layers],
+                       self.filled[first:end])
 
-    def places(self, T):
-        """Where the next T tokens of each row go: (B, T). IndexError where they do not fit."""
-        filled = self.filled[self.first:self.first + self.k.shape[1]]
-        if self.end + T > self.k.shape[3]:
-            raise IndexError(f"the cache has {self.k.shape[3]} places a row, not {self.end + T}")
-        return (torch.tensor(filled)[:, None] + torch.arange(T)).to(self.k.device)
+    def move(self, source, target):
+        """Put the row in slot `source` into slot `target`."""
+        n = self.filled[target] = self.filled[source]
+        for tensor in itertools.chain(*self.layers):
+            tensor[target, :, :n] = tensor[source, :, :n]
 
-    def update(self, layer, k, v, places, end):
-        """Put k and v (B, K, T, D) at `places`; the keys and values of all places up to `end`."""
-        rows = torch.arange(k.shape[0], device=k.device)[:, None]
-        self.k[layer, rows, :, places] = k.transpose(1, 2).to(self.k.dtype)
-        self.v[layer, rows, :, places] = v.transpose(1, 2).to(self.v.dtype)
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]      # (B, K, L, D)
+    def claim(self, T):
+        """The next T places of each row, (B, T), and which places its tokens see, (B, 1, T, L);
+        they count as filled. IndexError where they do not fit."""
+        (k, _), end = self.layers[0], int(self.filled.max()) + T
+        if end > k.shape[2]:
+            raise IndexError(f"the cache has {k.shape[2]} places a row, not {end}")
+        places = (self.filled[:, None] + torch.arange(T)).to(k.device)
+        self.filled += T
+        return places, torch.arange(end, device=k.device) <= places[:, None, :, None]
 
-    @property
-    def end(self):
-        """How many places the fullest row has filled."""
-        return max(self.filled[self.first:self.first + self.k.shape[1]])
 
-    def advance(self, T):
-        for b in range(self.first, self.first + self.k.shape[1]):
-            self.filled[b] += T
+def write(cached, new, places, mask):
+    """Put keys or values (B, K, T, D) at their places; those of all places that the mask names."""
+    rows = torch.arange(new.shape[0], device=new.device)[:, None]
+    cached[rows, :, places] = new.transpose(1, 2).to(cached.dtype)
+    return cached[:, :, :mask.shape[-1]]                                     # (B, K, L, D)
 
 
 # ---- The loss -------------------------------------------------------------------------------
@@ -421,34 +422,44 @@ class Transformer(nn.Module):
         Returns logits (B, T, V); with `targets` instead (the summed loss, the number N of
         supervised tokens), N a plain int. Targets that lie on the CPU cost no synchronisation.
         """
-        B, T = ids.shape
+        T = ids.shape[1]
         if cache is not None:
-            positions = cache.places(T)                                      # (B, T)
-            places = torch.arange(cache.end + T, device=ids.device)  # (L,), of all rows
-            mask = places <= positions[:, None, :, None]                     # (B, 1, T, L)
-        elif positions is None:
-            positions = torch.arange(T, device=ids.device).expand(B, T)
-        rope = rotary(positions, self.config)
-        x = self.model.embed_tokens(ids)                                     # (B, T, C)
-        for layer, block in enumerate(self.model.layers):
-            cached = (cache, layer, positions, mask) if cache is not None else None
-            if self.recompute:      # keep a block's input alone, and run it again in backward
-                x = checkpoint(block, x, rope, lengths or [T], use_reentrant=False)
-            else:
-                x = block(x, rope, lengths or [T], cached)
-        x = self.model.norm(x)
-        if cache is not None:
-            cache.advance(T)
-        head = (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
+            return self.logits(ids, *cache.claim(T), cache.layers)
+        if positions is None:
+            positions = torch.arange(T, device=ids.device).expand(ids.shape)
         if targets is None:
-            return F.linear(x, head)                                         # (B, T, V)
+            return self.logits(ids, positions, lengths=lengths or [T])
+        x = self.hidden_states(ids, positions, lengths=lengths or [T])
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         targets = targets.flatten()
         supervised = (targets != -100).nonzero()[:, 0]                       # (N,)
         hidden = x.flatten(0, 1)[supervised.to(x.device)]                    # (N, C)
-        loss = FusedLinearCrossEntropy.apply(hidden, head, targets[supervised].to(x.device))
+        loss = FusedLinearCrossEntropy.apply(hidden, self.head, targets[supervised].to(x.device))
         return loss, len(supervised)
+
+    def hidden_states(self, ids, positions, mask=None, layers=None, lengths=None):
+        """What the head reads, (B, T, C); with a cache its `layers`, which take the new keys and
+        values in, and the `mask` of what is seen of them. Tensors alone, so that torch.compile
+        makes one step of it."""
+        rope = rotary(positions, self.config)
+        x = self.model.embed_tokens(ids)                                     # (B, T, C)
+        for i, block in enumerate(self.model.layers):
+            cached = (layers[i], positions, mask) if layers else None
+            if self.recompute:      # keep a block's input alone, and run it again in backward
+                x = checkpoint(block, x, rope, lengths, use_reentrant=False)
+            else:
+                x = block(x, rope, lengths, cached)
+        return self.model.norm(x)
+
+    def logits(self, *inputs, **others):
+        """(B, T, V), of what `hidden_states` takes."""
+        return F.linear(self.hidden_states(*inputs, **others), self.head)
+
+    @property
+    def head(self):
+        tied = self.config.tie_word_embeddings
+        return (self.model.embed_tokens if tied else self.lm_head).weight    # (V, C)
 
     def compile_kernels(self):
         """Let torch.compile fuse what lies between the matrix products. Attention stays as it is:

@@ -6,11 +6,12 @@ Out:  rows as they finish: their tokens, which of them were forced, and why they
 The engine in one sentence: admit waiting rows into free slots, let `steer` look at the token
 each row would take, retire the finished rows, decode one token for every slot.
 
-    slot 0  prompt a a a a a a . prompt d d d d d          . = finished, the next prompt moves in
-    slot 1  prompt b b . prompt c c c c c c c c
+    slot 0  prompt a a a a a a . prompt d d d d d          . = finished, the next prompt moves in;
+    slot 1  prompt b b . prompt c c c c c c c c            with none left, the last slot's row does
 
 It streams one answer to a terminal: python sample.py "Use 3, 5 and 2 with + - * to make 16."
 """
+import itertools
 import random
 import sys
 from collections import Counter, deque
@@ -52,21 +53,28 @@ class Row:
 
 
 class Sampler:
-    """`slots` rows side by side, each of at most `max_length` tokens with its prompt.
+    """`slots` rows side by side, each of at most `max_length` tokens with its prompt. `compiled`:
+    decoding is one step made by torch.compile, which takes a minute once and holds the weights again.
 
     sampler = Sampler(model, slots=2, max_length=64)
     for row in sampler.generate([[5, 6], [7]], stops={0}): row.index, row.tokens, row.finish
     """
 
-    def __init__(self, model, slots=64, max_length=1024):
+    def __init__(self, model, slots=64, max_length=1024, compiled=False):
         self.model, self.slots, self.max_length = model.eval(), slots, max_length
-        weight = model.model.embed_tokens.weight
-        self.device = weight.device
-        if self.device.type == "cpu":
-            stand_upright(model)
-        self.cache = KVCache.empty(model.config, slots, max_length, weight.dtype, weight.device)
-        self.prefilled = {}                         # prompts with samples left: (k, v, logits)
+        self.device, self.step, self.least = model.head.device, model.logits, 1
+        self.cache = KVCache.empty(model.config, slots, max_length, model.head.dtype, self.device)
+        self.prefilled = {}                         # prompts with samples left: (layers, logits)
         self.computed = 0                           # tokens that went through the model
+        on_cpu = self.device.type == "cpu"
+        if compiled:
+            # On a CPU the weights are laid out anew for its products, the fastest is found by trial.
+            self.step = torch.compile(model.logits, dynamic=True, options={
+                "freezing": on_cpu, "max_autotune": on_cpu, "autotune_num_choices_displayed": 0,
+                "max_autotune_report_choices_stats": False})
+            self.least = min(2, slots)              # a step of one row alone would be compiled anew
+        elif on_cpu:
+            stand_upright(model)
 
     @torch.no_grad()
     def generate(self, prompts, steer=None, samples=1, max_new_tokens=None, stops=(), seed=0,
@@ -88,19 +96,12 @@ class Sampler:
                                f"{self.max_length}")
         waiting = deque(Row(index, prompt, sample, draws=random.Random(f"{seed} {prompt} {sample}"))
                         for index, prompt in enumerate(prompts) for sample in range(samples))
-        rows = [None] * self.slots
-        logits = torch.zeros(self.slots, self.model.config.vocab_size, device=self.device)
-        while True:
-            for slot in range(self.slots):
-                if rows[slot] is None and waiting:
-                    rows[slot] = waiting.popleft()
-                    logits[slot] = self.prefill(slot, rows[slot], samples)
-            if not any(rows):
-                return
-            for slot, token in enumerate(self.draw(logits, rows, **chances)):
-                row = rows[slot]
-                if row is None:
-                    continue
+        rows, logits = [], self.model.head.new_empty(0, self.model.config.vocab_size)
+        while waiting or rows:
+            while waiting and len(rows) < self.slots:
+                rows.append(waiting.popleft())
+                logits = torch.cat([logits, self.prefill(len(rows) - 1, rows[-1], samples)[None]])
+            for row, token in zip(rows, self.draw(logits, rows, **chances)):
                 self.take(row, token, steer)
                 if row.tokens[-1] in stops:
                     row.finish = "stop"
@@ -111,10 +112,18 @@ class Sampler:
                 elif repeats and row.repeats(repeats):
                     row.finish = "repetition"
                 if row.finish:
-                    rows[slot] = None
                     yield row
-            if any(rows):
-                logits = self.decode(rows)
+            self.retire(rows)
+            logits = self.decode(rows) if rows else logits[:0]
+
+    def retire(self, rows):
+        """Take out the finished rows; the last of the others moves into each gap."""
+        for slot in reversed(range(len(rows))):
+            if rows[slot].finish:
+                last = rows.pop()
+                if slot < len(rows):
+                    rows[slot] = last
+                    self.cache.move(len(rows), slot)
 
     def take(self, row, token, steer):
         """Put the next token behind the row: a queued one, or what `steer` makes of the drawn."""
@@ -132,12 +141,12 @@ class Sampler:
     def draw(self, logits, rows, temperature=0.0, **filters):
         """The token each slot would take next: logits (slots, V) to a list of ids."""
         for slot, row in enumerate(rows):
-            if row and row.banned:
+            if row.banned:
                 logits[slot, list(row.banned)] = -torch.inf
         if temperature == 0:
             return logits.argmax(-1).tolist()
         # One number from 0 to 1 a row says where in its summed-up probabilities the draw falls.
-        u = [row.draws.random() if row and not row.queue else 0.0 for row in rows]
+        u = [row.draws.random() if not row.queue else 0.0 for row in rows]
         if logits.device.type == "mps":
             logits = logits.cpu()                   # there is no float64 there
         sums = probabilities(logits, temperature, **filters).cumsum(-1, dtype=torch.float64)
@@ -147,26 +156,30 @@ class Sampler:
     def prefill(self, slot, row, samples):
         """Read a row's prompt into a slot; the logits (V,) behind its last token. The samples of a
         prompt come one behind the other: the first reads it, the others copy what it left."""
-        cache, n = self.cache.slot(slot), len(row.prompt)
+        cache, n = self.cache.rows(slot, slot + 1), len(row.prompt)
         if row.sample == 0:
-            self.cache.filled[slot] = 0
+            cache.filled[:] = 0
             self.computed += n
             logits = self.model(torch.tensor([row.prompt], device=self.device), cache=cache)[0, -1]
-            kept = cache.k[..., :n, :].clone(), cache.v[..., :n, :].clone(), logits
-            self.prefilled = {**self.prefilled, row.index: kept} if samples > 1 else {}
+            kept = [tensor[..., :n, :].clone() for pair in cache.layers for tensor in pair]
+            self.prefilled = {**self.prefilled, row.index: (kept, logits)} if samples > 1 else {}
             return logits
-        cache.k[..., :n, :], cache.v[..., :n, :], logits = self.prefilled[row.index]
+        kept, logits = self.prefilled[row.index]
+        for tensor, old in zip(itertools.chain(*cache.layers), kept):
+            tensor[..., :n, :] = old
         if row.sample == samples - 1:
             del self.prefilled[row.index]
         return logits
 
     def decode(self, rows):
-        """Read the last token of every row; the logits (slots, V). Free slots idle at place 0."""
-        for slot, row in enumerate(rows):
-            self.cache.filled[slot] = len(row.prompt) + len(row.tokens) - 1 if row else 0
-        self.computed += sum(row is not None for row in rows)
-        ids = torch.tensor([[row.tokens[-1] if row else 0] for row in rows], device=self.device)
-        return self.model(ids, cache=self.cache)[:, 0]
+        """Read the last token of every row; the logits (rows, V)."""
+        cache = self.cache.rows(0, max(len(rows), self.least))
+        idle = len(cache.filled) - len(rows)
+        filled = [len(row.prompt) + len(row.tokens) - 1 for row in rows] + [0] * idle
+        cache.filled[:] = torch.tensor(filled)
+        self.computed += len(rows)
+        ids = torch.tensor([[row.tokens[-1]] for row in rows] + [[0]] * idle, device=self.device)
+        return self.step(ids, *cache.claim(1), cache.layers)[:len(rows), 0]
 
 
 def stand_upright(model):

@@ -70,7 +70,7 @@ def test_cached_packed_and_batched_are_the_plain_forward(family):
     with torch.no_grad():
         plain = model(ids)
         cache = KVCache.empty(model.config, 2, 40)
-        steps = [model(ids[:, :30], cache=cache.slot(1)), *(
+        steps = [model(ids[:, :30], cache=cache.rows(1, 2)), *(
             model(ids[:, i:i + 1].repeat(2, 1), cache=cache)[1:] for i in range(30, 40))]
         torch.testing.assert_close(torch.cat(steps, 1), plain, **close)
         torch.testing.assert_close(model(ids.repeat(3, 1))[2:], plain, **close)
