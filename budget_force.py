@@ -564,7 +564,7 @@ def ask(args):
                        repeats=args.repeats, max_answer=args.max_answer, room=length)
     prompt = chat.prompt(args.question)
     refuse_too_long([prompt], length, budget.closing)
-    row = stream(Sampler(model, 1, length), chat, prompt, len(chat.think), budget,
+    row = stream(Sampler(model, 1, length, args.compile), chat, prompt, len(chat.think), budget,
                  held=max(map(len, budget.ends)) - 1, stops=chat.stops, **sampling(args))
     thought = row.memory
     print(f"({thought.tokens} thinking tokens, {thought.waits} Wait, ended: {thought.ended})")
@@ -633,7 +633,8 @@ def examine(directory, questions, asked, args, journal, rank, world):
     """All runs of one model, each printed as it is done: [(run, its rows)]. `direct` is an answer
     without thinking, which only a base can give: a student opens the thinking by itself."""
     model, chat = load(directory, args)
-    sampler = Sampler(model, args.slots, min(args.max_length, model.config.max_position_embeddings))
+    length = min(args.max_length, model.config.max_position_embeddings)
+    sampler = Sampler(model, args.slots, length, args.compile)
     results = []
     for setting in asked:
         what = {"model": Path(directory).name, **asdict(setting), "seed": args.seed}

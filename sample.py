@@ -54,7 +54,7 @@ class Row:
 
 class Sampler:
     """`slots` rows side by side, each of at most `max_length` tokens with its prompt. `compiled`:
-    decoding is one step made by torch.compile, which takes a minute once and holds the weights again.
+    decoding is one step made by torch.compile, which takes up to a minute once.
 
     sampler = Sampler(model, slots=2, max_length=64)
     for row in sampler.generate([[5, 6], [7]], stops={0}): row.index, row.tokens, row.finish
@@ -68,10 +68,12 @@ class Sampler:
         self.computed = 0                           # tokens that went through the model
         on_cpu = self.device.type == "cpu"
         if compiled:
-            # On a CPU the weights are laid out anew for its products, the fastest is found by trial.
-            self.step = torch.compile(model.logits, dynamic=True, options={
-                "freezing": on_cpu, "max_autotune": on_cpu, "autotune_num_choices_displayed": 0,
-                "max_autotune_report_choices_stats": False})
+            if on_cpu:              # lay the weights out anew, and try which products are fastest
+                from torch._inductor import config
+                config.freezing = config.max_autotune = True    # Dynamo sees no `options`
+                config.autotune_num_choices_displayed = 0
+                config.max_autotune_report_choices_stats = False
+            self.step = torch.compile(model.logits, dynamic=True)
             self.least = min(2, slots)              # a step of one row alone would be compiled anew
         elif on_cpu:
             stand_upright(model)
@@ -263,6 +265,8 @@ def sampling_flags(add):
     add("--repeats", type=at_least(0), default=0,
         help="a row is stuck when 20 tokens came so many times, and ends; 0 lets it")
     add("--seed", type=int, default=0, help="of the draws")
+    add("--compile", action="store_true",
+        help="decode by torch.compile: a minute to begin with, then faster")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
 
 
@@ -284,7 +288,8 @@ def main():
         model, chat = load(args.model, args)
         prompt = chat.prompt(args.question, thinking=not args.direct)
         length = min(len(prompt) + args.max_new_tokens, model.config.max_position_embeddings)
-        row = stream(Sampler(model, 1, length), chat, prompt, 0 if args.direct else len(chat.think),
+        sampler = Sampler(model, 1, length, args.compile)
+        row = stream(sampler, chat, prompt, 0 if args.direct else len(chat.think),
                      stops=chat.stops, repeats=args.repeats, **sampling(args))
         if row.finish != "stop":
             print(f"(stopped after {len(row.tokens)} tokens: {row.finish})", file=sys.stderr)

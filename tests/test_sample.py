@@ -5,6 +5,7 @@ import random
 import pytest
 import torch
 from conftest import tiny_model
+from torch._inductor import config as inductor
 
 from data import BadInput
 from sample import Sampler, probabilities
@@ -38,6 +39,29 @@ def test_rows_are_what_each_prompt_gives_alone(slots):
     for row in rows:
         assert row.tokens == greedy(model, row.prompt, 10) and row.finish == "max_new_tokens"
         assert row.forced == [False] * 10
+
+
+@pytest.mark.parametrize("slots", [1, 3])
+def test_a_compiled_step_gives_the_same_rows_and_is_compiled_once(slots, monkeypatch):
+    """The step is captured whole and called without capturing anew, whatever rows and lengths.
+    The backend runs what was captured as it is: the code of inductor is not ours to test."""
+    captured = []
+
+    def backend(graph, inputs):
+        captured.append(graph)
+        return graph
+
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda step, **how: compiled(
+        step, backend=backend, fullgraph=True, **how))
+    torch.compiler.reset()
+    model = tiny_model()
+    with inductor.patch(freezing=False, max_autotune=False):    # which the sampler sets: put back behind the test
+        sampler = Sampler(model, slots, 32, compiled=True)
+        rows = list(sampler.generate(prompts(), max_new_tokens=10))
+    assert len(captured) == 1 and len(rows) == 9, [g.code[:300] for g in captured]
+    for row in rows:
+        assert row.tokens == greedy(model, row.prompt, 10)
 
 
 def test_stop_length_and_order():
