@@ -19,6 +19,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from torch.fx.experimental import _config as shapes
 
 from data import BadInput, Chat, Parser, at_least, complaints, escape, local, model_flags
 from model import BadModel, KVCache, Transformer
@@ -64,7 +66,7 @@ class Sampler:
         self.model, self.slots, self.max_length = model.eval(), slots, max_length
         self.device, self.step, self.least = model.head.device, model.logits, 1
         self.cache = KVCache.empty(model.config, slots, max_length, model.head.dtype, self.device)
-        self.prefilled = {}                         # prompts with samples left: (layers, logits)
+        self.prefilled = {}                         # prompts with samples left: (logits, layers)
         self.computed = 0                           # tokens that went through the model
         on_cpu = self.device.type == "cpu"
         if compiled:
@@ -73,6 +75,7 @@ class Sampler:
                 config.freezing = config.max_autotune = True    # Dynamo sees no `options`
                 config.autotune_num_choices_displayed = 0
                 config.max_autotune_report_choices_stats = False
+            shapes.use_duck_shape = False           # two sizes that agree once need not do so again
             self.step = torch.compile(model.logits, dynamic=True)
             self.least = min(2, slots)              # a step of one row alone would be compiled anew
         elif on_cpu:
@@ -100,9 +103,8 @@ class Sampler:
                         for index, prompt in enumerate(prompts) for sample in range(samples))
         rows, logits = [], self.model.head.new_empty(0, self.model.config.vocab_size)
         while waiting or rows:
-            while waiting and len(rows) < self.slots:
-                rows.append(waiting.popleft())
-                logits = torch.cat([logits, self.prefill(len(rows) - 1, rows[-1], samples)[None]])
+            if new := [waiting.popleft() for _ in range(min(len(waiting), self.slots - len(rows)))]:
+                logits = torch.cat([logits, self.prefill(rows, new, samples)])
             for row, token in zip(rows, self.draw(logits, rows, **chances)):
                 self.take(row, token, steer)
                 if row.tokens[-1] in stops:
@@ -155,23 +157,38 @@ class Sampler:
         places = torch.tensor(u, dtype=sums.dtype, device=sums.device)[:, None] * sums[:, -1:]
         return torch.searchsorted(sums, places, right=True)[:, 0].tolist()
 
-    def prefill(self, slot, row, samples):
-        """Read a row's prompt into a slot; the logits (V,) behind its last token. The samples of a
-        prompt come one behind the other: the first reads it, the others copy what it left."""
-        cache, n = self.cache.rows(slot, slot + 1), len(row.prompt)
-        if row.sample == 0:
-            cache.filled[:] = 0
-            self.computed += n
-            logits = self.model(torch.tensor([row.prompt], device=self.device), cache=cache)[0, -1]
-            kept = [tensor[..., :n, :].clone() for pair in cache.layers for tensor in pair]
-            self.prefilled = {**self.prefilled, row.index: (kept, logits)} if samples > 1 else {}
-            return logits
-        kept, logits = self.prefilled[row.index]
-        for tensor, old in zip(itertools.chain(*cache.layers), kept):
-            tensor[..., :n, :] = old
-        if row.sample == samples - 1:
-            del self.prefilled[row.index]
-        return logits
+    def prefill(self, rows, new, samples):
+        """Give the new rows the slots behind `rows`; the logits (n, V) behind their prompts. The
+        samples of a prompt come one behind the other: the first reads it, the others copy it."""
+        new.sort(key=lambda row: row.sample > 0)                    # the readers stand side by side
+        readers, logits = [row for row in new if row.sample == 0], []
+        width = max((len(row.prompt) for row in readers), default=1)
+        for start in range(0, len(readers), n := max(1, 2**14 // width)):
+            logits += self.read(len(rows) + start, readers[start:start + n], width)
+        for slot, row in enumerate(new, len(rows)):
+            places = [tensor[slot, :, :len(row.prompt)] for tensor in itertools.chain(*self.cache.layers)]
+            if row.sample == 0 and samples > 1:
+                self.prefilled[row.index] = logits[slot - len(rows)], [p.clone() for p in places]
+            elif row.sample > 0:
+                behind, kept = self.prefilled[row.index]
+                logits.append(behind)
+                for place, old in zip(places, kept):
+                    place.copy_(old)
+            if row.sample == samples - 1:
+                self.prefilled.pop(row.index, None)
+        rows += new
+        return torch.stack(logits)
+
+    def read(self, slot, rows, width):
+        """Read the prompts of rows side by side, the first into `slot`. What is computed behind the
+        end of a shorter one lies in places that no token sees before they are written again."""
+        cache = self.cache.rows(slot, slot + len(rows))
+        cache.filled[:] = 0
+        self.computed += sum(len(row.prompt) for row in rows)
+        ids = torch.tensor([row.prompt + [0] * (width - len(row.prompt)) for row in rows])
+        last = torch.tensor([len(row.prompt) - 1 for row in rows])
+        x = self.model.hidden_states(ids.to(self.device), *cache.claim(width), cache.layers)
+        return F.linear(x[torch.arange(len(rows)), last], self.model.head)     # (rows, V)
 
     def decode(self, rows):
         """Read the last token of every row; the logits (rows, V)."""
