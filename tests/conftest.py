@@ -1,10 +1,12 @@
 """What several tests share. `python -m pytest` in the project's folder finds the programs."""
 import shutil
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 import torch
+import tqdm
 
 import budget_force
 import data
@@ -13,6 +15,9 @@ import train
 from model import Config, Transformer
 
 torch.set_num_threads(1)      # these models are too small to share among cores
+# tqdm's own lock is shared by forked processes: a test that kills one which holds it would wait for
+# ever.
+tqdm.tqdm.set_lock(threading.RLock())
 
 ROOT = Path(__file__).parents[1]
 BASE = ROOT / "assets" / "countdown-base"
