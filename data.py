@@ -333,8 +333,9 @@ def load_questions(path, seed=0):
     return questions
 
 
-# How long to think, as a question may ask (s1, section 3.2 and appendix): a step is a line. What a
-# trace is labelled with is its own length, rounded up to a power of two, or its class.
+# How long to think, as a question may ask (s1, section 3.2 and appendix D). What a trace is labelled
+# with is its own length: in tokens, rounded up to a power of two; in first steps of the search, which
+# its thinking then counts down, as s1's does; or its class.
 SHORT = 100                         # tokens; above it thinking is long
 KINDS = {"tokens": "{question} Think for up to {limit} tokens.",
          "steps": "{question} Think for up to {limit} steps.",
@@ -345,14 +346,24 @@ def ask_for(question, kind, limit):
     return KINDS[kind].format(question=question, limit=limit) if kind else question
 
 
-def ask_for_lengths(traces, chat, kinds, seed):
-    """Each trace with its length written into its question, in one of the ways, drawn by chance."""
-    for question, thinking, answer in traces:
-        kind = random.Random(f"ask {seed} {question}").choice(kinds)
+def ask_for_lengths(traces, chat, kinds):
+    """Each trace with its length written into its question, in each of the ways in turn."""
+    for (question, thinking, answer), kind in zip(traces, itertools.cycle(kinds)):
         tokens = len(chat.text(thinking))
-        limit = {"class": "short" if tokens <= SHORT else "long"}.get(kind) or 2 ** (
-            tokens if kind == "tokens" else thinking.count("\n") + 1).bit_length()
+        if kind == "steps":
+            thinking, limit = count_down(thinking)
+        else:
+            limit = (2 ** (tokens - 1).bit_length() if kind == "tokens" else
+                     "short" if tokens <= SHORT else "long")
         yield ask_for(question, kind, limit), thinking, answer
+
+
+def count_down(thinking):
+    """Thinking with the number of steps that are left before each, and how many there are. A step
+    begins with a line that is a sum alone: "8-3=5"."""
+    steps = re.findall(r"^[-+*=\d]+$", thinking, re.M)
+    left = iter(range(len(steps) - 1, -1, -1))
+    return re.sub(r"^(?=[-+*=\d]+$)", lambda _: f"{next(left)} left\n", thinking, flags=re.M), len(steps)
 
 
 # ---- Countdown ------------------------------------------------------------------------------
@@ -473,21 +484,21 @@ def teacher(numbers, target, rng, give_up=GIVE_UP, patience=PATIENCE, hasty=0.15
         lines.append("Wait")
 
 
-def countdown_traces(n, seed, give_up=GIVE_UP, hurried=False):
+def countdown_traces(n, seed, give_up=GIVE_UP, hurried=0):
     """n traces of the teacher: (question, thinking, answer) strings; the first n of any more.
 
-    `hurried`: by a teacher whose patience is drawn by chance and who then surely gives up. Without
-    this a trace is as long as its question is hard, and a length that is written into the question
-    would tell a student nothing that it could obey.
+    `hurried` times each question comes, of a teacher whose patience is drawn by chance and who then
+    surely gives up. Without this a trace is as long as its question is hard, and a length that is
+    written into the question would tell a student nothing that it could obey.
     """
     traces = []
-    for row in countdown_questions("train", n, seed):
-        haste = random.Random(f"haste {seed} {row['question']}")
-        chances = ({"give_up": 1.0, "patience": haste.randint(1, PATIENCE)} if hurried
-                   else {"give_up": give_up})
-        rng = random.Random(f"teacher {seed} {row['question']}")
-        traces.append((row["question"], *teacher(**row["answer"], rng=rng, **chances)))
-    return traces
+    for row in countdown_questions("train", -(-n // max(1, hurried)), seed):
+        for haste in range(max(1, hurried)):
+            rng = random.Random(f"teacher {seed} {row['question']}" + f" {haste}" * bool(hurried))
+            chances = ({"give_up": 1.0, "patience": rng.randint(1, PATIENCE)} if hurried
+                       else {"give_up": give_up})
+            traces.append((row["question"], *teacher(**row["answer"], rng=rng, **chances)))
+    return traces[:n]
 
 
 # The pieces of pre-training: what a base has before it sees one trace. No piece shows a question
@@ -998,10 +1009,10 @@ def load_examples(data, chat, n=None, seed=0, give_up=GIVE_UP, ask=()):
         return [(chat.example(*piece)[0], 1) if isinstance(piece, tuple)
                 else ([*chat.text(piece), *chat.render("<|endoftext|>")], 1)
                 for piece in countdown_pieces(n or 150_000, seed)]
-    traces = (countdown_traces(n or 1000, seed, give_up, bool(ask)) if data == "countdown"
+    traces = (countdown_traces(n or 1000, seed, give_up, len(ask)) if data == "countdown"
               else load_traces(data))
     if ask:
-        traces = list(ask_for_lengths(traces, chat, ask, seed))
+        traces = list(ask_for_lengths(traces, chat, ask))
     return [chat.example(*trace) for trace in traces[:n]]
 
 
@@ -1079,10 +1090,10 @@ def main():
             for example in load_examples(args.data, chat, args.n, args.seed):
                 print(show(chat, *example, colour))
         elif args.command == "countdown":
-            traces = countdown_traces(args.n, args.seed, args.give_up, bool(args.ask))
+            traces = countdown_traces(args.n, args.seed, args.give_up, len(args.ask))
             if args.ask:
                 chat = Chat(local(args.model), args.chat, args.thinking)
-                traces = ask_for_lengths(traces, chat, args.ask, args.seed)
+                traces = ask_for_lengths(traces, chat, args.ask)
             for trace in traces:
                 print(json.dumps(dict(zip(("question", "thinking", "answer"), trace))))
         else:

@@ -282,20 +282,23 @@ def test_load_questions_by_the_names_they_have(tmp_path):
 
 
 def test_lengths_are_asked_for_as_they_are(chat):
-    traces = countdown_traces(60, 0)
-    kinds = set()
-    for trace, asked in zip(traces, data.ask_for_lengths(traces, chat, list(data.KINDS), 0)):
-        assert asked[1:] == trace[1:] and asked[0].startswith(trace[0] + " Think for ")
-        tokens, steps = len(chat.text(trace[1])), trace[1].count("\n") + 1
+    """Each way in turn; what is asked for is what the trace has, and only steps are counted down."""
+    traces, kinds = countdown_traces(60, 0, hurried=3), list(data.KINDS)
+    for i, (trace, asked) in enumerate(zip(traces, data.ask_for_lengths(traces, chat, kinds))):
         said = asked[0].removeprefix(trace[0] + " Think for ")
-        if "time" in said:
+        tokens = len(chat.text(trace[1]))
+        steps = [line for line in trace[1].split("\n") if re.fullmatch(r"\d+[-+*]\d+=\d+", line)]
+        if kinds[i % 3] == "class":
             assert said == f"a {'short' if tokens <= data.SHORT else 'long'} time."
+        elif kinds[i % 3] == "tokens":
+            limit = int(re.fullmatch(r"up to (\d+) tokens\.", said)[1])
+            assert tokens <= limit < 2 * tokens and limit & limit - 1 == 0
         else:
-            limit, kind = re.fullmatch(r"up to (\d+) (tokens|steps)\.", said).groups()
-            asked_for = tokens if kind == "tokens" else steps
-            assert asked_for < int(limit) <= 2 * asked_for
-        kinds.add(said.split()[-1])
-    assert kinds == {"tokens.", "steps.", "time."}
+            assert said == f"up to {len(steps)} steps."
+            counted = re.findall(r"^(\d+) left\n(.*)$", asked[1], re.M)
+            assert counted == [(str(len(steps) - 1 - k), step) for k, step in enumerate(steps)]
+            asked = asked[0], re.sub(r"\d+ left\n", "", asked[1]), asked[2]
+        assert asked[1:] == trace[1:]
     assert all(example in data.load_examples("countdown", chat, 60, ask=["class"])
                for example in data.load_examples("countdown", chat, 5, ask=["class"]))
 

@@ -4,11 +4,12 @@ import random
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import BASE, tiny_model
 from torch._inductor import config as inductor
 from torch.fx.experimental import _config as shapes
 
-from data import BadInput
+from data import BadInput, countdown_questions
+from model import Transformer
 from sample import Sampler, probabilities
 
 
@@ -64,6 +65,19 @@ def test_a_compiled_step_gives_the_same_rows_and_is_compiled_once(slots, monkeyp
     assert len(captured) == 1 and len(rows) == 9, [g.code[:300] for g in captured]
     for row in rows:
         assert row.tokens == greedy(model, row.prompt, 10)
+
+
+def test_the_base_says_the_same_in_any_slots(chat):
+    """float32, greedy, on real weights and questions of unlike lengths: exactly the same tokens."""
+    model = Transformer.load(BASE)
+    asked = [chat.prompt(row["question"] * (1 + i % 3))
+             for i, row in enumerate(countdown_questions("test", 12, 0))]
+
+    def said(slots, prompts):
+        return {tuple(row.prompt): row.tokens for row in
+                Sampler(model, slots, 200).generate(prompts, stops=chat.stops, max_new_tokens=60)}
+    alone = {tuple(prompt): tokens for one in asked for prompt, tokens in said(1, [one]).items()}
+    assert said(64, asked) == said(5, asked[::-1]) == alone and len(alone) == 12
 
 
 def test_stop_length_and_order():
