@@ -81,19 +81,6 @@ class Budget:
     max_answer: int = 32                # tokens of the answer, of what is sampled
     room: int | None = None             # tokens of a row in all, what the sampler can hold
 
-    @classmethod
-    def of(cls, chat, max_thinking=-1, waits=0, wait=("Wait",), final="Final Answer:", **others):
-        """The budget with a chat's own delimiters."""
-        if max_thinking < -1 or waits < 0 or not all(wait):
-            raise BadInput("a budget is at least -1 (no limit), waits at least 0 and never empty")
-        vocabulary = range(chat.tokenizer.get_vocab_size())
-        line_ends = (i for i, text in zip(vocabulary, chat.tokenizer.decode_batch(
-            [[i] for i in vocabulary], skip_special_tokens=False)) if text.endswith("\n"))
-        return cls(max_thinking, waits, close=chat.answer, wait=[chat.text(text) for text in wait],
-                   final=chat.text(final), newline=chat.text("\n"), line_ends=frozenset(line_ends),
-                   ends=frozenset(chat.ends), stop=chat.end, stops=frozenset(chat.stops),
-                   open=chat.think, **others)
-
     def __call__(self, row, token):
         if row.memory is None:
             opened = row.prompt[len(row.prompt) - len(self.open):] == list(self.open)
@@ -164,6 +151,19 @@ class Budget:
             return [token]
         thought.answered = "cut"
         return [self.stop]
+
+    @classmethod
+    def of(cls, chat, max_thinking=-1, waits=0, wait=("Wait",), final="Final Answer:", **others):
+        """The budget with a chat's own delimiters."""
+        if max_thinking < -1 or waits < 0 or not all(wait):
+            raise BadInput("a budget is at least -1 (no limit), waits at least 0 and never empty")
+        vocabulary = range(chat.tokenizer.get_vocab_size())
+        line_ends = (i for i, text in zip(vocabulary, chat.tokenizer.decode_batch(
+            [[i] for i in vocabulary], skip_special_tokens=False)) if text.endswith("\n"))
+        return cls(max_thinking, waits, close=chat.answer, wait=[chat.text(text) for text in wait],
+                   final=chat.text(final), newline=chat.text("\n"), line_ends=frozenset(line_ends),
+                   ends=frozenset(chat.ends), stop=chat.end, stops=frozenset(chat.stops),
+                   open=chat.think, **others)
 
 
 # ---- Evaluation -----------------------------------------------------------------------------
