@@ -1,8 +1,8 @@
 """Fine-tune a model on a thousand traces: s1's recipe (section 4.1) as one loop, top to bottom.
 
 In:   a model, and traces: the built-in Countdown teacher's or a file of yours.
-Out:  a model directory in the Hugging Face layout, with metrics.jsonl and arguments.json beside it;
-      on the way checkpoints in OUT.steps, from which --resume goes on bitwise.
+Out:  a model directory in the Hugging Face layout, with metrics.jsonl and run.json beside it, which
+      has the command that makes it again, on a CPU to the same bits; on the way checkpoints in OUT.steps, from which --resume goes on bitwise.
 
 With no flags it fine-tunes the tiny base on 1,000 Countdown traces. The base itself was made by the
 same loop, everything supervised: see assets/countdown-base/README.md. Larger models:
@@ -19,11 +19,15 @@ import itertools
 import json
 import math
 import os
+import platform
 import resource
+import shlex
 import shutil
 import signal
+import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import safetensors
@@ -218,6 +222,22 @@ def restore(optimizer, model, path, step):
                 put(state[key], file.get_slice(f"{key}.{name}"))
 
 
+def origin(world):
+    """Where a run comes from: the command, and all else that its bits depend on."""
+    def git(*words):
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        return done.stdout.strip()
+    try:
+        commit = git("rev-parse", "HEAD") + " and changes" * bool(git("status", "--porcelain", "-uno"))
+    except OSError:
+        commit = ""                                 # no git on this machine
+    return {"command": shlex.join(["python", "train.py", *sys.argv[1:]]), "processes": world,
+            "threads": torch.get_num_threads(), "commit": commit or "unknown",
+            "versions": {"python": platform.python_version(), **{
+                name: version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}}}
+
+
 def first_process():
     return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
 
@@ -285,7 +305,7 @@ def train(args):
     out, source = Path(args.out), local(args.model, weights=not args.plan)
     if out.exists() and not args.overwrite and not args.plan:
         raise BadInput(f"{out} is there already: choose another --out, or --overwrite it")
-    if out.exists() and not (out / "arguments.json").is_file() and not args.plan:
+    if out.exists() and not (out / "run.json").is_file() and not args.plan:
         raise BadInput(f"{out} holds no run of this program, so it is not overwritten")
     if not args.plan:
         out.parent.mkdir(parents=True, exist_ok=True)   # complain now, and not after the training
@@ -400,7 +420,8 @@ def train(args):
 
     save(out, model, args.save_dtype and getattr(torch, args.save_dtype), chat, {
         "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in metrics),
-        "arguments.json": json.dumps(vars(args), indent=2) + "\n"})
+        "run.json": json.dumps({**origin(world), "data": run["data"], "arguments": vars(args)},
+                               indent=2) + "\n"})
     if rank:
         return
     shutil.rmtree(f"{out}.steps", ignore_errors=True)   # the run is whole: nothing to resume

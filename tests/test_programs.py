@@ -3,6 +3,7 @@ import json
 import os
 import random
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -130,9 +131,26 @@ def test_a_run_leaves_a_whole_model_directory(run, tiny, tmp_path):
     trained(run, tiny, out)
     assert {path.name for path in out.iterdir()} == {
         "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json",
-        "chat.json", "model.safetensors", "metrics.jsonl", "arguments.json"}
+        "chat.json", "model.safetensors", "metrics.jsonl", "run.json"}
     assert not list(out.parent.glob("*.draft"))
-    assert json.loads((out / "arguments.json").read_text())["n"] == 10
+    assert json.loads((out / "run.json").read_text())["arguments"]["n"] == 10
+
+
+def test_the_recorded_command_makes_the_run_again(run, tiny, tmp_path):
+    """Bitwise, on a CPU; and run.json says what else a run depends on."""
+    out = tmp_path / "a student"
+    trained(run, tiny, out, "--seed", 3)
+    first, said = (out / "model.safetensors").read_bytes(), json.loads((out / "run.json").read_text())
+    python, program, *words = shlex.split(said["command"])
+    assert (python, program, said["threads"], said["processes"]) == ("python", "train.py", 1, 1)
+    assert said["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    code, _, error = run("train", *words, "--overwrite")
+    assert code == 0, error
+    again = json.loads((out / "run.json").read_text())
+    assert (out / "model.safetensors").read_bytes() == first
+    assert again["data"] == said["data"] and len(said["data"]) == 16
+    trained(run, tiny, tmp_path / "b", "--seed", 4)
+    assert json.loads((tmp_path / "b" / "run.json").read_text())["data"] != said["data"]
 
 
 # ---- The whole path -------------------------------------------------------------------------
