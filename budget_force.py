@@ -197,6 +197,7 @@ class Method(typing.NamedTuple):
     another way to make one row of a question's samples."""
     asks: str | None = None             # which of KINDS the question says
     forces: bool = True                 # is the budget enforced?
+    steer: type | None = Budget         # what enforces it, or a class of your own; None: no thinking
     fold: typing.Callable = lambda rows: rows[0]
 
 
@@ -222,7 +223,7 @@ def any_right(rows):
     return {**row, "thinking_tokens": sum(row["thinking_tokens"] for row in rows)}
 
 
-METHODS = {"direct": Method(), "budget": Method(),
+METHODS = {"direct": Method(steer=None), "budget": Method(),
            "tokens": Method("tokens", False), "tokens+budget": Method("tokens"),
            "steps": Method("steps", False), "steps+budget": Method("steps"),
            "class": Method("class", False), "rejection": Method(fold=first_that_fits),
@@ -234,10 +235,10 @@ def evaluate(sampler, chat, questions, setting, args, name=""):
 
     Only what follows the first end of thinking is graded.
     """
-    budget = None if setting.method == "direct" else Budget.of(
-        chat, setting.max_thinking if METHODS[setting.method].forces else -1, setting.waits,
-        args.wait, max_answer=args.max_answer, grace=args.grace, repeats=args.repeats,
-        room=sampler.max_length)
+    method = METHODS[setting.method]
+    budget = method.steer and method.steer.of(
+        chat, setting.max_thinking if method.forces else -1, setting.waits, args.wait,
+        max_answer=args.max_answer, grace=args.grace, repeats=args.repeats, room=sampler.max_length)
     prompts = [chat.prompt(setting.question(question["question"], args.step_tokens),
                            thinking=budget is not None) for question in questions.values()]
     refuse_too_long(prompts, sampler.max_length, budget.closing if budget else args.max_answer)
@@ -252,7 +253,7 @@ def evaluate(sampler, chat, questions, setting, args, name=""):
         samples[row.sample] = result(row, chat, questions[index])
         if len(samples) == setting.samples:
             rows = [samples[i] for i in range(setting.samples)]
-            yield index, METHODS[setting.method].fold(rows)
+            yield index, method.fold(rows)
             del waiting[index]
 
 
