@@ -529,7 +529,8 @@ def arguments():
     add("--samples", type=at_least(1), nargs="+", default=[1, 2, 4, 8],
         help="answers to a question, for majority and coverage")
     add("--tries", type=at_least(1), default=8, help="for rejection: answers drawn at most")
-    add("--step-tokens", type=at_least(1), default=8, help="for steps: tokens that a step counts")
+    add("--step-tokens", type=at_least(1), default=40,
+        help="for steps: tokens that a step counts, Countdown's about so many")
     add("--questions", help="file of questions and answers (default: Countdown's)")
     add("--part", choices=("test", "tune"), default="test",
         help="Countdown's held-out questions, or those to tune on")

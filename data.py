@@ -347,14 +347,14 @@ def ask_for(question, kind, limit):
 
 
 def ask_for_lengths(traces, chat, kinds):
-    """Each trace with its length written into its question, in each of the ways in turn."""
-    for (question, thinking, answer), kind in zip(traces, itertools.cycle(kinds)):
+    """The traces, in turn as they are and with their length in the question in each of the ways."""
+    for (question, thinking, answer), kind in zip(traces, itertools.cycle([None, *kinds])):
         tokens = len(chat.text(thinking))
         if kind == "steps":
             thinking, limit = count_down(thinking)
         else:
             limit = (2 ** (tokens - 1).bit_length() if kind == "tokens" else
-                     "short" if tokens <= SHORT else "long")
+                     "short" if tokens <= SHORT else "long")    # of its class
         yield ask_for(question, kind, limit), thinking, answer
 
 
@@ -487,15 +487,15 @@ def teacher(numbers, target, rng, give_up=GIVE_UP, patience=PATIENCE, hasty=0.15
 def countdown_traces(n, seed, give_up=GIVE_UP, hurried=0):
     """n traces of the teacher: (question, thinking, answer) strings; the first n of any more.
 
-    `hurried` times each question comes, of a teacher whose patience is drawn by chance and who then
-    surely gives up. Without this a trace is as long as its question is hard, and a length that is
-    written into the question would tell a student nothing that it could obey.
+    `hurried` times each question comes again, of a teacher whose patience is drawn by chance and
+    who then surely gives up. A usual trace is as long as its question is hard, and a length that
+    is written into that question tells a student nothing that it could obey.
     """
     traces = []
-    for row in countdown_questions("train", -(-n // max(1, hurried)), seed):
-        for haste in range(max(1, hurried)):
-            rng = random.Random(f"teacher {seed} {row['question']}" + f" {haste}" * bool(hurried))
-            chances = ({"give_up": 1.0, "patience": rng.randint(1, PATIENCE)} if hurried
+    for row in countdown_questions("train", -(-n // (1 + hurried)), seed):
+        for haste in range(1 + hurried):
+            rng = random.Random(f"teacher {seed} {row['question']}" + f" {haste}" * bool(haste))
+            chances = ({"give_up": 1.0, "patience": rng.randint(1, PATIENCE)} if haste
                        else {"give_up": give_up})
             traces.append((row["question"], *teacher(**row["answer"], rng=rng, **chances)))
     return traces[:n]

@@ -138,7 +138,7 @@ MUTANTS = [
      PROGRAMS),
     ("each process asks all", "budget_force.py", "if i not in rows and i % world == rank", "if i not in rows", PROGRAMS),
     ("the others' rows are lost", "budget_force.py", "        rows = rows | share(fresh)", "        rows = rows | fresh", PROGRAMS),
-    ("asking is forced too", "budget_force.py", '"tokens": Method("tokens", False)', '"tokens": Method("tokens")', FORCE),
+    ("asking is forced too", "budget_force.py", '"tokens": Method("tokens", False)', '"tokens": Method("tokens")', PROGRAMS),
     ("control counts nothing", "budget_force.py", "return tokens <= self.max_thinking", "return True", FORCE),
     ("the axis is not doublings", "budget_force.py", "axis=math.log2, least", "axis=math.log, least", FORCE),
     ("pairs that are one point", "budget_force.py", "if math.log2(b / a) > least]", "if b > a]", FORCE),

@@ -256,6 +256,21 @@ def test_two_processes_share_the_questions(run, tiny, tmp_path):
     assert done.stdout.count("wrote") == 1          # one of them speaks
 
 
+def test_a_process_asks_its_part(tiny, monkeypatch):
+    """The second of three asks questions 1 and 4 of seven, but for those that are answered."""
+    monkeypatch.setattr(sys, "argv", ["budget_force.py", *map(str, EVALUATION)])
+    args, asked = budget_force.arguments(), []
+    questions = data.countdown_questions("test", 7, 0)
+    monkeypatch.setattr(budget_force, "share", lambda fresh: dict.fromkeys(range(7), {
+        "correct": True, "thinking_tokens": 0, "found": "1"}))
+    for done in ((), (4,)):
+        journal = SimpleNamespace(add=lambda run, index, row: asked.append(index), done={
+            json.dumps([str(tiny), tiny.name, "budget", 8, 0, 1, 0]): dict.fromkeys(done, {})})
+        budget_force.examine(str(tiny), questions, [budget_force.Setting("budget", 8)], args,
+                             journal, 1, 3)
+    assert sorted(asked) == [1, 1, 4]
+
+
 def test_the_papers_methods(run, tiny, tmp_path):
     out = tmp_path / "tiny"
     shutil.copytree(tiny, out)
@@ -271,6 +286,8 @@ def test_the_papers_methods(run, tiny, tmp_path):
         assert summary["methods"][method]["control"] == 100
     rows = [json.loads(line) for line in (out / "eval" / "rows.jsonl").read_text().splitlines()]
     assert all(row["tries"] <= 2 for row in rows if row["method"] == "rejection")
+    for method in ("tokens", "steps"):              # asked for, and not enforced
+        assert any(row["thinking_tokens"] > 16 for row in rows if row["method"] == method)
     code, printed, _ = run("budget_force", "--draw", out / "eval" / "runs.jsonl")
     assert code == 0 and "class: long" in printed
 
@@ -314,6 +331,7 @@ def test_only_the_answer_is_graded(chat, monkeypatch):
     assert graded("x (3+5)*2<|im_end|>", cut=True)["found"] == "(3+5)*2"
     assert not graded("Answer: (3+5)*2\n<|im_start|>Answer: 3*5<|im_end|>")["correct"]
     assert not graded("no\n<|im_start|>no\n<|im_start|>Answer: (3+5)*2<|im_end|>")["correct"]
+    assert graded("Answer: (3+5)*2\n<|im_start|>no<|im_end|>")["found"] is None
 
 
 def test_streaming_shows_forced_apart(run, tiny):
