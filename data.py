@@ -8,28 +8,41 @@ Map:  Complaints   one clear line for bad input
       Files        rows of JSON in and out
       Countdown    the tiny task: questions, a teacher that thinks in text, pieces of pre-training
       Answers      find the answer in a text, say whether it is right
+      Asking a teacher   questions to any chat endpoint, traces back, each line kept
       Packing      examples into rows of tokens, the loss mask, the order of an epoch
-      Commands     python data.py show | countdown | tokenizer
+      Commands     python data.py show | countdown | teacher | tokenizer
 """
 import argparse
 import cmath
 import contextlib
+import dataclasses
+import email.utils
 import functools
+import hashlib
+import heapq
+import http.client
+import ipaddress
 import itertools
 import json
 import math
 import os
+import queue
 import random
 import re
 import shutil
+import socket
 import sys
+import threading
+import time
 import typing
+import urllib.parse
 import zlib
 from fractions import Fraction
 from pathlib import Path
 
 import torch
 import tokenizers
+from tqdm import tqdm
 
 # ---- Complaints -----------------------------------------------------------------------------
 
@@ -297,9 +310,13 @@ def read_rows(path):
 
 
 def load_traces(path):
-    """Rows of (question, thinking, answer) strings; BadInput names the place of one without."""
-    traces = []
+    """Rows of (question, thinking, answer) strings; BadInput names the place of one without. What a
+    teacher's row marks as unfit, one cut by length above all, is passed over and counted."""
+    traces, unfit = [], 0
     for place, row in read_rows(path):
+        if row.get("unfit"):
+            unfit += 1
+            continue
         trace = []
         for names in (QUESTION, THINKING, ANSWER):
             value = next((row[name] for name in names if name in row), None)
@@ -307,18 +324,23 @@ def load_traces(path):
                 raise BadInput(f"{place}: no {names[0]} (looked for {', '.join(names)})")
             trace.append(value)
         traces.append(tuple(trace))
+    if unfit:
+        print(f"{path}: {unfit} of {unfit + len(traces)} rows passed over as unfit (cut, or without "
+              f"thinking or answer)", file=sys.stderr)
+    if not traces:
+        raise BadInput(f"{path}: no row is fit to be trained on")
     return traces
 
 
-def load_questions(path, seed=0):
+def load_questions(path, seed=0, graded=True):
     """Rows of question and answer, as MATH500, AIME, GPQA-Diamond and s1K name them. The options of
     a multiple choice are shuffled by `seed`, and the answer is a letter. BadInput names the place
-    of a row without."""
+    of a row without; if not `graded`, the answer may be missing and is None."""
     questions = []
     for place, row in read_rows(path):
         question, answer = (next((str(row[name]) for name in names if row.get(name) is not None),
                                  None) for names in (QUESTION, REFERENCE))
-        if not question or not answer:
+        if not question or not answer and graded:
             raise BadInput(f"{place}: no {'answer' if question else 'question'}")
         wrong = [str(row[name]) for name in sorted(row) if name.startswith("Incorrect Answer")]
         if wrong:
@@ -327,7 +349,7 @@ def load_questions(path, seed=0):
             listed = "\n".join(f"{letter}) {option.strip()}" for letter, option in
                                zip("ABCDEFGH", options))
             question, answer = f"{question.strip()}\n\n{listed}", "ABCDEFGH"[options.index(answer)]
-        if "answer" not in row and "\\boxed{" in answer:    # a solution that ends in its answer
+        if "answer" not in row and "\\boxed{" in (answer or ""):    # a solution that ends in its answer
             answer = extract(answer)
         questions.append({"question": question, "answer": answer})
     return questions
