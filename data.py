@@ -37,6 +37,7 @@ import time
 import typing
 import urllib.parse
 import zlib
+from collections import deque
 from fractions import Fraction
 from pathlib import Path
 
@@ -325,8 +326,8 @@ def load_traces(path):
             trace.append(value)
         traces.append(tuple(trace))
     if unfit:
-        print(f"{path}: {unfit} of {unfit + len(traces)} rows passed over as unfit (cut, or without "
-              f"thinking or answer)", file=sys.stderr)
+        print(f"{path}: {unfit} of {unfit + len(traces)} rows passed over as unfit (cut, or "
+              "without thinking or answer)", file=sys.stderr)
     if not traces:
         raise BadInput(f"{path}: no row is fit to be trained on")
     return traces
@@ -349,8 +350,8 @@ def load_questions(path, seed=0, graded=True):
             listed = "\n".join(f"{letter}) {option.strip()}" for letter, option in
                                zip("ABCDEFGH", options))
             question, answer = f"{question.strip()}\n\n{listed}", "ABCDEFGH"[options.index(answer)]
-        if "answer" not in row and "\\boxed{" in (answer or ""):    # a solution that ends in its answer
-            answer = extract(answer)
+        if "answer" not in row and "\\boxed{" in (answer or ""):
+            answer = extract(answer)            # of a solution that ends in it
         questions.append({"question": question, "answer": answer})
     return questions
 
@@ -989,7 +990,9 @@ def row_key(*asked):
 
 def trace_row(question, thinking, answer, **teacher):
     """A row to be written, of a row of load_questions and what came back."""
-    thinking, answer = thinking.strip(), answer.strip()
+    # Half a surrogate pair is valid JSON, and no tokenizer takes it.
+    thinking, answer = (text.encode(errors="replace").decode().strip()
+                        for text in (thinking, answer))
     row = {"question": question["question"], "thinking": thinking, "answer": answer}
     if question["answer"] is not None:
         row |= {"gtruth_answer": question["answer"], "correct": grade(answer, question["answer"])}
@@ -1178,7 +1181,8 @@ def tokens_used(usage):
     try:
         read, written = usage["prompt_tokens"], usage["completion_tokens"]
         # Gemini leaves the thoughts out of the latter, but not out of the total.
-        return read, max(written, usage.get("total_tokens", 0) - read)
+        written = max(written, usage.get("total_tokens", 0) - read)
+        return (read, written) if type(read) is type(written) is int and read >= 0 else None
     except (KeyError, TypeError):
         return None
 
@@ -1191,20 +1195,21 @@ class Asking:
     """One run. The workers only send and receive; one thread decides, counts and writes, so there
     is nothing to lock.
 
-        waiting --admit--> jobs --> worker --> replies --take--> a row of the file
-           '<------------ again, after a wait -----------+-----> a row of the failures
+        todo ---admit--> jobs --> worker --> replies --take--> a row of the file
+        waiting --' '<------- again, after a while -------'--> a row of the failures
     """
 
     def __init__(self, args, secret, jobs, done, file):
-        self.args, self.secret, self.file, self.most = args, secret, file, args.max_usd or math.inf
+        self.args, self.secret, self.file = args, secret, file
         self.failures = Path(f"{args.out}.failed.jsonl")
         self.failures.unlink(missing_ok=True)   # what failed last time is asked again now
-        todo = [job for job in jobs.values() if job.key not in done]
-        self.order = itertools.count()          # in a heap equals need something to go by
-        self.waiting = [(0.0, next(self.order), job) for job in todo]
-        self.before, self.total, self.done, self.failed = len(jobs) - len(todo), len(jobs), 0, 0
+        self.todo = deque(job for job in jobs.values() if job.key not in done)
+        self.waiting, self.order = [], itertools.count()    # a heap of (when, order, job)
+        self.total, self.before = len(jobs), len(jobs) - len(self.todo)
+        self.done = self.failed = 0
         used = [tokens_used(row.get("usage")) or (0, args.max_tokens) for row in done.values()]
         self.tokens, self.spent = sum(map(sum, used)), sum(dollars(args, *pair) for pair in used)
+        self.limit = math.inf if args.max_usd is None else args.max_usd
         self.flying, self.pause, self.broke, self.shown = set(), 0.0, False, time.monotonic()
         self.jobs, self.replies = queue.SimpleQueue(), queue.SimpleQueue()
 
@@ -1226,17 +1231,20 @@ class Asking:
     def admit(self):
         """Hand out what is due while a worker is free and there are dollars for the worst case; is
         there something to wait for?"""
-        while (self.waiting and len(self.flying) < self.args.workers
-               and max(self.pause, self.waiting[0][0]) <= time.monotonic()):
-            job = self.waiting[0][-1]
-            self.broke = self.spent + job.most + sum(f.most for f in self.flying) > self.most
+        while len(self.flying) < self.args.workers and self.pause <= (now := time.monotonic()):
+            again = self.waiting and self.waiting[0][0] <= now      # its deadline runs: first
+            if not again and not self.todo:
+                break
+            job = self.waiting[0][-1] if again else self.todo[0]
+            worst = self.spent + job.most + sum(other.most for other in self.flying)
+            self.broke = worst > self.limit
             if self.broke:
                 return False
-            heapq.heappop(self.waiting)
-            job.deadline = job.deadline or time.monotonic() + self.args.deadline
+            heapq.heappop(self.waiting) if again else self.todo.popleft()
+            job.deadline = job.deadline or now + self.args.deadline
             self.flying.add(job)
             self.jobs.put(job)
-        return bool(self.waiting)
+        return bool(self.waiting or self.todo)
 
     def take(self, job, outcome, seconds):
         """What came of one try: a row, a failure, or another try."""
@@ -1319,7 +1327,7 @@ def teacher_jobs(args, url):
         read = len(json.dumps(sent)) + 100              # more than its tokens can be
         for sample in range(args.samples):
             key = row_key(url.geturl(), sent, sample)
-            most = dollars(args, read, written) if args.max_usd else 0.0
+            most = dollars(args, read, written) if args.max_usd is not None else 0.0
             jobs[key] = Job(question, sample, key, sent, most)
     return jobs
 
@@ -1331,7 +1339,7 @@ def ask_teacher(args):
     secret = next((os.environ[name].strip() for name in KEYS if os.environ.get(name)), "")
     if secret and not re.fullmatch(r"[!#-\[\]-~]+", secret):
         raise BadInput(f"the key in {' or '.join(KEYS)} has characters that a key cannot have")
-    if args.max_usd and None in (args.usd_in, args.usd_out):
+    if args.max_usd is not None and None in (args.usd_in, args.usd_out):
         raise BadInput("--max-usd needs the prices: --usd-in and --usd-out")
     jobs = teacher_jobs(args, url)
     file, done = open_traces(args.out)

@@ -10,7 +10,7 @@ each row would take, retire the finished rows, decode one token for every slot.
     slot 1  prompt b b . prompt c c c c c c c c            with none left, the last slot's row does
 
 It streams one answer to a terminal: python sample.py "Use 3, 5 and 2 with + - * to make 16."
-Or it is a teacher: python sample.py --questions q.jsonl --out traces.jsonl, and goes on when killed.
+As a teacher it answers a file of questions: python sample.py --questions q.jsonl --out traces.jsonl
 """
 import itertools
 import random
@@ -282,12 +282,12 @@ def sampling(args):
 def ask_all(model, chat, args):
     """Answer a file of questions, `--slots` at a time: rows as `data.py teacher` writes them, each
     as it finishes. What the file of traces already holds is not asked."""
-    file, done = open_traces(args.out)
-    settings = {**sampling(args), "repeats": args.repeats}
-    jobs = {row_key(args.model, question["question"], settings, args.max_new_tokens): question
+    settings = {**sampling(args), "repeats": args.repeats, "max_new_tokens": args.max_new_tokens}
+    jobs = {row_key(args.model, chat.format, question["question"], settings): question
             for question in load_questions(args.questions, graded=False)}
-    jobs = {key: question for key, question in jobs.items() if key not in done}
-    prompts = [chat.prompt(question["question"]) for question in jobs.values()]
+    file, done = open_traces(args.out)
+    keys = [key for key in jobs if key not in done]
+    prompts = [chat.prompt(jobs[key]["question"]) for key in keys]
     length = min(max(map(len, prompts), default=0) + args.max_new_tokens,
                  model.config.max_position_embeddings)
 
@@ -295,17 +295,16 @@ def ask_all(model, chat, args):
         row.memory = row.memory or time.monotonic()
         return [token]
     sampler = Sampler(model, args.slots, length, args.compile)
-    rows = sampler.generate(prompts, begin, max_new_tokens=args.max_new_tokens, stops=chat.stops,
-                            **settings)
+    rows = sampler.generate(prompts, begin, stops=chat.stops, **settings)
     for row in tqdm(rows, total=len(prompts), unit="row", disable=None):
-        key = list(jobs)[row.index]
+        key = keys[row.index]
         text = chat.decode(row.tokens[:-1] if row.finish == "stop" else row.tokens)
         thinking, _, answer = text.partition(chat.closing.rstrip("\n"))
         write_row(file, trace_row(
             jobs[key], thinking, answer, model=args.model, finish=row.finish, usage={
                 "prompt_tokens": len(row.prompt), "completion_tokens": len(row.tokens)},
             seconds=round(time.monotonic() - row.memory, 3), sample=0, key=key))
-    print(f"{args.out}: {len(done) + len(jobs)} rows")
+    print(f"{args.out}: {len(done) + len(keys)} rows")
 
 
 def main():
@@ -321,7 +320,7 @@ def main():
     sampling_flags(add)
     args = parser.parse_args()
     with complaints(BadModel):
-        if (args.question is None) == (args.questions is None) or bool(args.questions) != bool(args.out):
+        if bool(args.question) == bool(args.questions) or bool(args.questions) != bool(args.out):
             raise BadInput("either a question, or --questions with --out")
         model, chat = load(args.model, args)
         if args.questions:
