@@ -8,28 +8,42 @@ Map:  Complaints   one clear line for bad input
       Files        rows of JSON in and out
       Countdown    the tiny task: questions, a teacher that thinks in text, pieces of pre-training
       Answers      find the answer in a text, say whether it is right
+      Asking a teacher   questions to any chat endpoint, traces back, each line kept
       Packing      examples into rows of tokens, the loss mask, the order of an epoch
-      Commands     python data.py show | countdown | tokenizer
+      Commands     python data.py show | countdown | teacher | tokenizer
 """
 import argparse
 import cmath
 import contextlib
+import dataclasses
+import email.utils
 import functools
+import hashlib
+import heapq
+import http.client
+import ipaddress
 import itertools
 import json
 import math
 import os
+import queue
 import random
 import re
 import shutil
+import socket
 import sys
+import threading
+import time
 import typing
+import urllib.parse
 import zlib
+from collections import deque
 from fractions import Fraction
 from pathlib import Path
 
 import torch
 import tokenizers
+from tqdm import tqdm
 
 # ---- Complaints -----------------------------------------------------------------------------
 
@@ -297,9 +311,13 @@ def read_rows(path):
 
 
 def load_traces(path):
-    """Rows of (question, thinking, answer) strings; BadInput names the place of one without."""
-    traces = []
+    """Rows of (question, thinking, answer) strings; BadInput names the place of one without. What a
+    teacher's row marks as unfit, one cut by length above all, is passed over and counted."""
+    traces, unfit = [], 0
     for place, row in read_rows(path):
+        if row.get("unfit"):
+            unfit += 1
+            continue
         trace = []
         for names in (QUESTION, THINKING, ANSWER):
             value = next((row[name] for name in names if name in row), None)
@@ -307,18 +325,23 @@ def load_traces(path):
                 raise BadInput(f"{place}: no {names[0]} (looked for {', '.join(names)})")
             trace.append(value)
         traces.append(tuple(trace))
+    if unfit:
+        print(f"{path}: {unfit} of {unfit + len(traces)} rows passed over as unfit (cut, or "
+              "without thinking or answer)", file=sys.stderr)
+    if not traces:
+        raise BadInput(f"{path}: no row is fit to be trained on")
     return traces
 
 
-def load_questions(path, seed=0):
+def load_questions(path, seed=0, graded=True):
     """Rows of question and answer, as MATH500, AIME, GPQA-Diamond and s1K name them. The options of
     a multiple choice are shuffled by `seed`, and the answer is a letter. BadInput names the place
-    of a row without."""
+    of a row without; if not `graded`, the answer may be missing and is None."""
     questions = []
     for place, row in read_rows(path):
         question, answer = (next((str(row[name]) for name in names if row.get(name) is not None),
                                  None) for names in (QUESTION, REFERENCE))
-        if not question or not answer:
+        if not question or not answer and graded:
             raise BadInput(f"{place}: no {'answer' if question else 'question'}")
         wrong = [str(row[name]) for name in sorted(row) if name.startswith("Incorrect Answer")]
         if wrong:
@@ -327,8 +350,8 @@ def load_questions(path, seed=0):
             listed = "\n".join(f"{letter}) {option.strip()}" for letter, option in
                                zip("ABCDEFGH", options))
             question, answer = f"{question.strip()}\n\n{listed}", "ABCDEFGH"[options.index(answer)]
-        if "answer" not in row and "\\boxed{" in answer:    # a solution that ends in its answer
-            answer = extract(answer)
+        if "answer" not in row and "\\boxed{" in (answer or ""):
+            answer = extract(answer)            # of a solution that ends in it
         questions.append({"question": question, "answer": answer})
     return questions
 
@@ -954,6 +977,414 @@ def raised(base, exponent):
     return complex(base) ** complex(exponent)
 
 
+# ---- Asking a teacher -----------------------------------------------------------------------
+
+# A row of a file of traces, from an endpoint or from sample.py:
+#
+#   question, thinking, answer    as load_traces reads them; the thinking is never in the answer
+#   gtruth_answer, correct        where the question has a reference answer
+#   unfit                         why it is not trained on: "length" (cut), "no thinking", ...
+#   teacher                       model, finish, usage, seconds, sample, and the key: a hash of all
+#                                 that was asked, under which the row is found again
+
+KEYS = ("TEACHER_API_KEY", "OPENAI_API_KEY")    # environment variables, the first set counts
+BACKOFF = 1.0               # seconds before the second try, about; doubled for each further one
+ATTEMPTS = 8                # tries of a question; a 429 only means: later, so it counts for none
+HOPELESS = 10               # so many failures before the first answer end the run
+REPLY_BYTES = 16 << 20          # bytes of a reply
+
+
+def row_key(*asked):
+    """The same endpoint, model, messages, parameters and sample index give the same key."""
+    return hashlib.sha256(json.dumps(asked, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def trace_row(question, thinking, answer, **teacher):
+    """A row to be written, of a row of load_questions and what came back."""
+    # Half a surrogate pair is valid JSON, and no tokenizer takes it.
+    thinking, answer = (text.encode(errors="replace").decode().strip()
+                        for text in (thinking, answer))
+    row = {"question": question["question"], "thinking": thinking, "answer": answer}
+    if question["answer"] is not None:
+        row |= {"gtruth_answer": question["answer"], "correct": grade(answer, question["answer"])}
+    cut = None if teacher["finish"] == "stop" else teacher["finish"] or "no finish reason"
+    unfit = cut or not thinking and "no thinking" or not answer and "no answer"
+    return row | ({"unfit": unfit} if unfit else {}) | {"teacher": teacher}
+
+
+def open_traces(path):
+    """Open a file of traces to go on with: the file, and {key: teacher} of the rows it holds.
+
+    A last line that a kill has torn is cut off. BadInput where the file is another's, or in use.
+    """
+    file, done, end = open(path, "a+b"), {}, 0
+    with contextlib.suppress(ImportError):      # Windows has no such lock, and goes without
+        import fcntl
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BadInput(f"{path}: another run is writing to it") from None
+    file.seek(0)
+    for number, line in enumerate(file, 1):
+        whole, ours = line.endswith(b"\n"), b'{"question": '
+        try:
+            teacher = json.loads(line)["teacher"]
+            done[teacher["key"]] = teacher
+            end += len(line)
+        except (ValueError, KeyError, TypeError):
+            if whole or line[:len(ours)] != ours[:len(line)]:
+                raise BadInput(f"{path}, line {number}: no row of a teacher; choose another "
+                               "file to write to") from None
+            file.truncate(end)
+        else:
+            file.write(b"" if whole else b"\n")
+    return file, done
+
+
+def write_row(file, row, secret=None):
+    """Append one whole line, and flush it; the key to the endpoint is in no file."""
+    file.write(hide(json.dumps(row), secret).encode() + b"\n")
+    file.flush()
+
+
+def hide(text, secret):
+    """A server may echo the key. One too short to be a secret ("ollama") may be any text's word."""
+    return text.replace(secret, "[key]") if secret and len(secret) > 7 else text
+
+
+class Failure(Exception):
+    """A try without an answer: may it be tried again, after how many seconds if the server says so,
+    under which HTTP status, and may it have cost money?"""
+
+    def __init__(self, message, again=True, status=None, after=None, paid=False):
+        super().__init__(" ".join(escape(message[:100_000]).split()))
+        self.again, self.status, self.after, self.paid = again, status, after, paid
+
+
+def teacher_url(base, plain=False):
+    """The parts of the chat endpoint's address under a base URL; BadInput where it is none that the
+    key may be sent to. `plain` allows http to a host that is not this machine."""
+    base = base.rstrip("/").removesuffix("/chat/completions")
+    if not re.fullmatch(r"https?://[\w.-]+(:\d{1,5})?(/[\w.~%:/+-]*)?", base, re.ASCII):
+        raise BadInput("--base-url: not of the form https://host/path, without user and query")
+    url = urllib.parse.urlsplit(base + "/chat/completions")
+    try:
+        loopback = url.hostname == "localhost" or ipaddress.ip_address(url.hostname).is_loopback
+    except ValueError:                          # a name
+        loopback = False
+    if url.scheme == "http" and not loopback and not plain:
+        raise BadInput(f"--base-url: key and questions would go to {url.hostname} unencrypted "
+                       "(--allow-http)")
+    return url
+
+
+def post(url, body, secret, timeout, deadline):
+    """POST an object as JSON: (status, headers, body) of the reply. Any exception where no whole
+    reply is here after `timeout` seconds of silence, or at `deadline` on the monotonic clock.
+    http.client follows no redirect, so the key goes to no other host."""
+    kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
+    left = max(0.001, deadline - time.monotonic())
+    connection = kind(url.hostname, url.port, timeout=min(timeout, left))
+
+    def hang_up():
+        with contextlib.suppress(Exception):    # it may not be connected, or be gone
+            connection.sock.shutdown(socket.SHUT_RDWR)
+    guard = threading.Timer(left, hang_up)      # each byte that drips in starts `timeout` anew
+    guard.daemon = True
+    guard.start()
+    headers = {"Content-Type": "application/json", "User-Agent": "s1-teacher"}
+    if secret:
+        headers["Authorization"] = f"Bearer {secret}"
+    try:
+        connection.request("POST", url.path, json.dumps(body), headers)
+        reply = connection.getresponse()
+        return reply.status, reply.headers, reply.read(REPLY_BYTES + 1)
+    finally:
+        guard.cancel()
+        connection.close()
+
+
+def read_reply(status, headers, text):
+    """The object of a reply, its choices[0]["message"] an object; else the Failure it is."""
+    try:
+        reply = json.loads(text)
+    except (ValueError, RecursionError):
+        reply = text.decode(errors="replace")
+    if len(text) > REPLY_BYTES:
+        raise Failure(f"a reply of more than {REPLY_BYTES} bytes", again=False, paid=True)
+    if status == 200:
+        with contextlib.suppress(LookupError, TypeError):
+            if isinstance(reply["choices"][0]["message"], dict):
+                return reply
+    said = reply[0] if isinstance(reply, list) and reply else reply         # Gemini's are lists
+    for name in ("error", "message"):
+        said = said.get(name, said) if isinstance(said, dict) else said
+    said = "a redirect, which is not followed" if 300 <= status < 400 else said
+    again = status in (200, 408, 409, 429) or status >= 500
+    what = {200: "answers without choices" if type(reply) is dict else "answers no JSON"}
+    raise Failure(f"{what.get(status, f'HTTP {status}')}: {said}", again, status,
+                  retry_after(headers) if again else None, paid=status == 200)
+
+
+def retry_after(headers):
+    """Seconds to wait, as retry-after-ms or Retry-After (seconds or a date) says, else None."""
+    try:
+        if headers["retry-after-ms"]:
+            seconds = float(headers["retry-after-ms"]) / 1000
+        elif re.fullmatch(r"\s*[\d.]+\s*", headers["Retry-After"]):
+            seconds = float(headers["Retry-After"])
+        else:
+            seconds = email.utils.parsedate_to_datetime(
+                headers["Retry-After"]).timestamp() - time.time()
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return max(0.0, seconds) if seconds < math.inf else None
+
+
+def split_message(message):
+    """(thinking, answer) of a chat message. Thinking has a field of its own, or leads the content:
+
+        <think>so 5</think>The answer is 5.     also <thought>, also without the opening tag, which
+                                                some chat templates put at the end of the prompt
+    """
+    field, content = (next((message[name] for name in names if message.get(name)
+                            and isinstance(message[name], str)), "")
+                      for names in (("reasoning", "reasoning_content"), ("content",)))
+    inside = []
+    while opened := re.match(r"\s*<(think|thought)>", content):
+        thought, _, content = content[opened.end():].partition(f"</{opened[1]}>")
+        inside.append(thought)
+    if not field and not inside:
+        closed = re.search(r"</(think|thought)>", content)
+        if closed:
+            inside, content = [content[:closed.start()]], content[closed.end():]
+    return field or "\n\n".join(inside), content
+
+
+@dataclasses.dataclass(eq=False)
+class Job:
+    """A question on its way to the teacher; one that answered is a row."""
+    question: dict                              # a row of load_questions
+    sample: int
+    key: str
+    body: dict                                  # of the request
+    most: float                                 # dollars that one try may cost
+    tries: int = 0
+    deadline: float | None = None               # from the first try on
+
+
+def work(jobs, replies, url, secret, timeout):
+    """A worker's life: one try of each job that comes, its outcome and the seconds it took."""
+    for job in iter(jobs.get, None):
+        start = time.monotonic()
+        try:
+            outcome = read_reply(*post(url, job.body, secret, timeout, job.deadline))
+        except Failure as failure:
+            outcome = failure
+        except Exception as error:              # of many kinds, when a line breaks or is hung up
+            paid = not isinstance(error, (ConnectionRefusedError, socket.gaierror))
+            outcome = Failure(f"no reply: {type(error).__name__} {error}", paid=paid)
+        replies.put((job, outcome, time.monotonic() - start))
+
+
+def tokens_used(usage):
+    """Tokens (read, written) of a reply's usage; None where it does not say."""
+    try:
+        read, written = usage["prompt_tokens"], usage["completion_tokens"]
+        # Gemini leaves the thoughts out of the latter, but not out of the total.
+        written = max(written, usage.get("total_tokens", 0) - read)
+        return (read, written) if type(read) is type(written) is int and read >= 0 else None
+    except (KeyError, TypeError):
+        return None
+
+
+def dollars(args, read, written):
+    return (read * (args.usd_in or 0) + written * (args.usd_out or 0)) / 1e6
+
+
+class Asking:
+    """One run. The workers only send and receive; one thread decides, counts and writes, so there
+    is nothing to lock.
+
+        todo ---admit--> jobs --> worker --> replies --take--> a row of the file
+        waiting --' '<------- again, after a while -------'--> a row of the failures
+    """
+
+    def __init__(self, args, secret, jobs, done, file):
+        self.args, self.secret, self.file = args, secret, file
+        self.failures = Path(f"{args.out}.failed.jsonl")
+        self.failures.unlink(missing_ok=True)   # what failed last time is asked again now
+        self.todo = deque(job for job in jobs.values() if job.key not in done)
+        self.waiting, self.order = [], itertools.count()    # a heap of (when, order, job)
+        self.total, self.before = len(jobs), len(jobs) - len(self.todo)
+        self.done = self.failed = 0
+        used = [tokens_used(row.get("usage")) or (0, args.max_tokens) for row in done.values()]
+        self.tokens, self.spent = sum(map(sum, used)), sum(dollars(args, *pair) for pair in used)
+        self.limit = math.inf if args.max_usd is None else args.max_usd
+        self.flying, self.pause, self.broke, self.shown = set(), 0.0, False, time.monotonic()
+        self.jobs, self.replies = queue.SimpleQueue(), queue.SimpleQueue()
+
+    def run(self, url):
+        for _ in range(self.args.workers):      # daemons: Ctrl-C waits for no reply
+            threading.Thread(target=work, daemon=True, args=(
+                self.jobs, self.replies, url, self.secret, self.args.timeout)).start()
+        with tqdm(total=self.total, initial=self.before, unit="row", disable=None) as bar:
+            try:
+                while self.admit() or self.flying:
+                    with contextlib.suppress(queue.Empty):
+                        self.take(*self.replies.get(timeout=0.05))
+                    self.show(bar)
+            finally:
+                while not self.replies.empty():     # paid for, so kept
+                    self.take(*self.replies.get())
+        self.show(None)
+
+    def admit(self):
+        """Hand out what is due while a worker is free and there are dollars for the worst case; is
+        there something to wait for?"""
+        while len(self.flying) < self.args.workers and self.pause <= (now := time.monotonic()):
+            again = self.waiting and self.waiting[0][0] <= now      # its deadline runs: first
+            if not again and not self.todo:
+                break
+            job = self.waiting[0][-1] if again else self.todo[0]
+            worst = self.spent + job.most + sum(other.most for other in self.flying)
+            self.broke = worst > self.limit
+            if self.broke:
+                return False
+            heapq.heappop(self.waiting) if again else self.todo.popleft()
+            job.deadline = job.deadline or now + self.args.deadline
+            self.flying.add(job)
+            self.jobs.put(job)
+        return bool(self.waiting or self.todo)
+
+    def take(self, job, outcome, seconds):
+        """What came of one try: a row, a failure, or another try."""
+        self.flying.remove(job)
+        job.tries += 1
+        if isinstance(outcome, Failure):
+            self.spent += job.most * outcome.paid
+            return self.retry(job, outcome) or self.fail(job, outcome)
+        usage, choice = outcome.get("usage"), outcome["choices"][0]
+        used = tokens_used(usage)
+        self.tokens += sum(used or ())
+        self.spent += dollars(self.args, *used) if used else job.most
+        self.done += 1
+        write_row(self.file, trace_row(
+            job.question, *split_message(choice["message"]), model=outcome.get("model"),
+            finish=choice.get("finish_reason"), usage=usage, seconds=round(seconds, 3),
+            sample=job.sample, key=job.key), self.secret)
+
+    def retry(self, job, failure):
+        """Put a job back for later; False where it has had its time or its tries."""
+        wait = random.uniform(0.5, 1) * min(60, BACKOFF * 2 ** job.tries)
+        if failure.after is not None:
+            wait = failure.after + random.uniform(0, BACKOFF)
+        due, slow = time.monotonic() + wait, failure.status == 429
+        if not failure.again or due > job.deadline or job.tries >= ATTEMPTS and not slow:
+            return False
+        if slow:                                # said to one worker, meant for all
+            self.pause = max(self.pause, due)
+        heapq.heappush(self.waiting, (due, next(self.order), job))
+        return True
+
+    def fail(self, job, failure):
+        """Note a failure; BadInput where it would be everyone's."""
+        self.failed += 1
+        said = hide(str(failure), self.secret)[:300]
+        with open(self.failures, "ab") as file:
+            write_row(file, {"question": job.question["question"], "sample": job.sample,
+                             "key": job.key, "error": said, "tries": job.tries}, self.secret)
+        everyones = failure.status in (401, 402, 404) or 300 <= (failure.status or 0) < 400
+        if everyones or self.failed >= HOPELESS and not self.done:
+            hint = "" if self.secret else f" (no key in {' or '.join(KEYS)})"
+            raise BadInput(f"the teacher gives no answers{hint}: {said}")
+
+    def show(self, bar):
+        """Where the run stands: in the bar of a terminal, else in a line now and then."""
+        answered = self.before + self.done
+        text = f"{answered} done, {self.failed} failed, {self.tokens:,} tokens"
+        if self.args.usd_out is not None:
+            expected = self.spent * self.total / max(1, answered)
+            text += f", ${self.spent:.2f} so far, ${expected:.2f} expected"
+        if bar is not None and not bar.disable:
+            bar.set_postfix_str(text, refresh=False)
+            bar.update(answered - bar.n)
+        elif bar is None or time.monotonic() > self.shown + 30:
+            self.shown = time.monotonic()
+            print(text, file=sys.stderr)
+
+
+def teacher_jobs(args, url):
+    """{key: Job} of every question and sample, as the flags say it is to be asked."""
+    try:
+        extra = json.loads(args.body)
+    except ValueError as error:
+        raise BadInput(f"--body: no JSON ({error})") from None
+    if not isinstance(extra, dict) or {"model", "messages", "n", "stream"} & extra.keys():
+        raise BadInput("--body: not an object, or one with model, messages, n or stream")
+    body = {"model": args.model, "max_tokens": args.max_tokens}
+    if url.hostname.endswith("googleapis.com"):         # Gemini keeps its thoughts to itself else
+        google = {"thinking_config": {"include_thoughts": True}}
+        if "aiplatform" in url.hostname:                # and Vertex writes them without a tag
+            google["thought_tag_marker"] = "thought"
+        body["extra_body"] = {"google": google}
+    body = {name: value for name, value in (body | extra).items() if value is not None}
+    written = max((body[name] for name in ("max_tokens", "max_completion_tokens")
+                   if isinstance(body.get(name), int)), default=math.inf)
+    jobs = {}
+    for question in load_questions(args.questions, graded=False)[:args.n]:
+        asked = "\n\n".join(filter(None, (question["question"], args.suffix)))
+        sent = body | {"messages": [{"role": "user", "content": asked}]}
+        read = len(json.dumps(sent)) + 100              # more than its tokens can be
+        for sample in range(args.samples):
+            key = row_key(url.geturl(), sent, sample)
+            most = dollars(args, read, written) if args.max_usd is not None else 0.0
+            jobs[key] = Job(question, sample, key, sent, most)
+    return jobs
+
+
+def ask_teacher(args):
+    """Ask an endpoint all that is not answered yet; the exit code: 0, or 1 where some still is not.
+    BadInput where it cannot be asked."""
+    url = teacher_url(args.base_url, args.allow_http)
+    secret = next((os.environ[name].strip() for name in KEYS if os.environ.get(name)), "")
+    if secret and not re.fullmatch(r"[!#-\[\]-~]+", secret):
+        raise BadInput(f"the key in {' or '.join(KEYS)} has characters that a key cannot have")
+    if args.max_usd is not None and None in (args.usd_in, args.usd_out):
+        raise BadInput("--max-usd needs the prices: --usd-in and --usd-out")
+    jobs = teacher_jobs(args, url)
+    file, done = open_traces(args.out)
+    with file:
+        asking = Asking(args, secret, jobs, done, file)
+        asking.run(url)
+    left = asking.total - asking.before - asking.done
+    print(f"{args.out}: {asking.total - left} of {asking.total} answered, {asking.failed} failed"
+          + (f" (see {asking.failures})" if asking.failed else "")
+          + (f"; stopped before ${args.max_usd:g} is passed" if asking.broke else ""))
+    return 1 if left else 0
+
+
+def teacher_flags(add):
+    add("--questions", required=True, help="a file of questions, with reference answers or without")
+    add("--base-url", required=True, help="of the endpoint, such as https://api.deepseek.com/v1")
+    add("--model", required=True, help="the teacher's name there")
+    add("--out", required=True, help="file the traces are appended to; what is in it is not asked")
+    add("--n", type=at_least(1), help="only the first n questions")
+    add("--samples", type=at_least(1), default=1, help="answers to each question")
+    add("--suffix", default="", help="what to ask for behind each question")
+    add("--max-tokens", type=at_least(1), default=32768, help="of an answer with its thinking")
+    add("--body", default="{}", metavar="JSON",
+        help='more of the request, such as {"temperature": 0.6}; null leaves a field out')
+    add("--workers", type=at_least(1, highest=1000), default=16, help="questions asked at a time")
+    add("--timeout", type=at_least(0.01, float), default=600, help="seconds of silence")
+    add("--deadline", type=at_least(0.01, float, 1e6), default=1800,
+        help="seconds for a question, with all its tries")
+    add("--usd-in", type=at_least(0, float), help="dollars for a million tokens read")
+    add("--usd-out", type=at_least(0, float), help="dollars for a million tokens written")
+    add("--max-usd", type=at_least(0, float), help="stop before so many dollars are passed")
+    add("--allow-http", action="store_true", help="send key and questions unencrypted")
+
+
 # ---- Packing --------------------------------------------------------------------------------
 
 
@@ -1079,6 +1510,10 @@ def main():
                         help="write the length of the thinking into the question")
     model_flags(writes.add_argument, default="assets/countdown-base")
 
+    asks = commands.add_parser("teacher", help="ask a chat endpoint for traces; its key is taken "
+                               f"from the environment ({', else '.join(KEYS)})")
+    teacher_flags(asks.add_argument)
+
     makes = commands.add_parser("tokenizer", help="make the tiny base's tokenizer")
     makes.add_argument("directory", help="where tokenizer.json goes")
 
@@ -1096,6 +1531,8 @@ def main():
                 traces = ask_for_lengths(traces, chat, args.ask)
             for trace in traces:
                 print(json.dumps(dict(zip(("question", "thinking", "answer"), trace))))
+        elif args.command == "teacher":
+            sys.exit(ask_teacher(args))
         else:
             print(f"{make_tokenizer(args.directory)} tokens")
 

@@ -10,10 +10,12 @@ each row would take, retire the finished rows, decode one token for every slot.
     slot 1  prompt b b . prompt c c c c c c c c            with none left, the last slot's row does
 
 It streams one answer to a terminal: python sample.py "Use 3, 5 and 2 with + - * to make 16."
+As a teacher it answers a file of questions: python sample.py --questions q.jsonl --out traces.jsonl
 """
 import itertools
 import random
 import sys
+import time
 from collections import Counter, deque
 from dataclasses import dataclass, field
 from typing import Any
@@ -21,8 +23,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch.fx.experimental import _config as shapes
+from tqdm import tqdm
 
-from data import BadInput, Chat, Parser, at_least, complaints, escape, local, model_flags
+from data import (BadInput, Chat, Parser, at_least, complaints, escape, load_questions, local,
+                  model_flags, open_traces, row_key, trace_row, write_row)
 from model import BadModel, KVCache, Transformer
 
 
@@ -292,17 +296,52 @@ def sampling(args):
             for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
 
 
+def ask_all(model, chat, args):
+    """Answer a file of questions, `--slots` at a time: rows as `data.py teacher` writes them, each
+    as it finishes. What the file of traces already holds is not asked."""
+    settings = {**sampling(args), "repeats": args.repeats, "max_new_tokens": args.max_new_tokens}
+    jobs = {row_key(args.model, chat.format, question["question"], settings): question
+            for question in load_questions(args.questions, graded=False)}
+    file, done = open_traces(args.out)
+    keys = [key for key in jobs if key not in done]
+    prompts = [chat.prompt(jobs[key]["question"]) for key in keys]
+    length = min(max(map(len, prompts), default=0) + args.max_new_tokens,
+                 model.config.max_position_embeddings)
+
+    def begin(row, token):
+        row.memory = row.memory or time.monotonic()
+        return [token]
+    sampler = Sampler(model, args.slots, length, args.compile)
+    rows = sampler.generate(prompts, begin, stops=chat.stops, **settings)
+    for row in tqdm(rows, total=len(prompts), unit="row", disable=None):
+        key = keys[row.index]
+        text = chat.decode(row.tokens[:-1] if row.finish == "stop" else row.tokens)
+        thinking, _, answer = text.partition(chat.closing.rstrip("\n"))
+        write_row(file, trace_row(
+            jobs[key], thinking, answer, model=args.model, finish=row.finish, usage={
+                "prompt_tokens": len(row.prompt), "completion_tokens": len(row.tokens)},
+            seconds=round(time.monotonic() - row.memory, 3), sample=0, key=key))
+    print(f"{args.out}: {len(done) + len(keys)} rows")
+
+
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("question", help="what to ask")
+    add("question", nargs="?", help="what to ask")
+    add("--questions", help="a file of questions to answer instead, into --out")
+    add("--out", help="file the traces are appended to; what is in it is not asked")
+    add("--slots", type=at_least(1), default=16, help="rows side by side, for --questions")
     model_flags(add, default="out/student")
     add("--direct", action="store_true", help="answer at once: do not open the thinking")
     add("--max-new-tokens", type=at_least(1), default=1024, help="stop after so many tokens")
     sampling_flags(add)
     args = parser.parse_args()
     with complaints(BadModel):
+        if bool(args.question) == bool(args.questions) or bool(args.questions) != bool(args.out):
+            raise BadInput("either a question, or --questions with --out")
         model, chat = load(args.model, args)
+        if args.questions:
+            return ask_all(model, chat, args)
         prompt = chat.prompt(args.question, thinking=not args.direct)
         length = min(len(prompt) + args.max_new_tokens, model.config.max_position_embeddings)
         sampler = Sampler(model, 1, length, args.compile)
