@@ -1028,16 +1028,20 @@ def open_traces(path):
     for number, line in enumerate(file, 1):
         whole, ours = line.endswith(b"\n"), b'{"question": '
         try:
-            teacher = json.loads(line)["teacher"]
-            done[teacher["key"]] = teacher
-            end += len(line)
-        except (ValueError, KeyError, TypeError):
-            if whole or line[:len(ours)] != ours[:len(line)]:
-                raise BadInput(f"{path}, line {number}: no row of a teacher; choose another "
-                               "file to write to") from None
-            file.truncate(end)
-        else:
-            file.write(b"" if whole else b"\n")
+            row = json.loads(line)
+        except ValueError:
+            row = None
+            if not whole and line.startswith(ours[:len(line)]):     # torn
+                file.truncate(end)
+                break
+        teacher = row.get("teacher") if isinstance(row, dict) else None
+        if not isinstance(teacher, dict) or "key" not in teacher:
+            raise BadInput(f"{path}, line {number}: no row of a teacher; choose another file to "
+                           "write to")
+        done[teacher["key"]] = teacher
+        end += len(line)
+        if not whole:
+            file.write(b"\n")
     return file, done
 
 
@@ -1068,6 +1072,8 @@ def teacher_url(base, plain=False):
     if not re.fullmatch(r"https?://[\w.-]+(:\d{1,5})?(/[\w.~%:/+-]*)?", base, re.ASCII):
         raise BadInput("--base-url: not of the form https://host/path, without user and query")
     url = urllib.parse.urlsplit(base + "/chat/completions")
+    if int(url.netloc.partition(":")[2] or 0) > 65535:
+        raise BadInput("--base-url: there is no such port")
     try:
         loopback = url.hostname == "localhost" or ipaddress.ip_address(url.hostname).is_loopback
     except ValueError:                          # a name
@@ -1086,9 +1092,11 @@ def post(url, body, secret, timeout, deadline):
     left = max(0.001, deadline - time.monotonic())
     connection = kind(url.hostname, url.port, timeout=min(timeout, left))
 
+    held = []                                   # the socket, which a reply takes from a connection
+
     def hang_up():
         with contextlib.suppress(Exception):    # it may not be connected, or be gone
-            connection.sock.shutdown(socket.SHUT_RDWR)
+            (held[0] if held else connection.sock).shutdown(socket.SHUT_RDWR)
     guard = threading.Timer(left, hang_up)      # each byte that drips in starts `timeout` anew
     guard.daemon = True
     guard.start()
@@ -1097,8 +1105,14 @@ def post(url, body, secret, timeout, deadline):
         headers["Authorization"] = f"Bearer {secret}"
     try:
         connection.request("POST", url.path, json.dumps(body), headers)
+        held.append(connection.sock)
         reply = connection.getresponse()
-        return reply.status, reply.headers, reply.read(REPLY_BYTES + 1)
+        text = reply.read(REPLY_BYTES + 1)
+        if reply.length and len(text) <= REPLY_BYTES:       # of a limited read this is not said
+            raise http.client.IncompleteRead(text, reply.length)
+        if time.monotonic() > deadline:         # hung up, which looks like the reply's end
+            raise TimeoutError("the deadline is over")
+        return reply.status, reply.headers, text
     finally:
         guard.cancel()
         connection.close()
