@@ -9,8 +9,9 @@ Map:  Complaints   one clear line for bad input
       Countdown    the tiny task: questions, a teacher that thinks in text, pieces of pre-training
       Answers      find the answer in a text, say whether it is right
       Asking a teacher   questions to any chat endpoint, traces back, each line kept
+      Choosing     from many traces to a thousand: s1's stages, and the paper's ablations
       Packing      examples into rows of tokens, the loss mask, the order of an epoch
-      Commands     python data.py show | countdown | teacher | tokenizer
+      Commands     python data.py show | stats | countdown | teacher | select | tokenizer
 """
 import argparse
 import cmath
@@ -37,7 +38,7 @@ import time
 import typing
 import urllib.parse
 import zlib
-from collections import deque
+from collections import Counter, deque
 from fractions import Fraction
 from pathlib import Path
 
@@ -260,16 +261,20 @@ def model_flags(add, **options):
 def local(name, weights=True):
     """The directory of a model. A hub id is fetched with huggingface_hub, safetensors and text
     only, or taken from its cache; whatever begins like a path here is a path."""
+    return fetched(name, ["*.safetensors"] * weights + ["*.json", "*.jinja", "*.txt"])
+
+
+def fetched(name, patterns, kind="model"):
+    """The path itself, or the directory into which a hub id's files of these patterns come."""
     owner = Path(name).parts[:1]
     hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", name)
-    if not hub_id or owner == ("out",) or Path(*owner).exists():
+    if not hub_id or owner == ("out",) or Path(*owner).exists() or Path(name).suffix in ROWS:
         return name
     import huggingface_hub                      # slow to import, and not needed for a directory
     repository, _, revision = name.partition("@")
     try:
-        return huggingface_hub.snapshot_download(
-            repository, revision=revision or None,
-            allow_patterns=["*.safetensors"] * weights + ["*.json", "*.jinja", "*.txt"])
+        return huggingface_hub.snapshot_download(repository, revision=revision or None,
+                                                 repo_type=kind, allow_patterns=patterns)
     except Exception as error:                  # of a dozen kinds, its HTTP library's among them
         raise BadInput(f"{name} is no directory, and not to be had from the hub: "
                        f"{' '.join(str(error).split())[:200]}") from None
@@ -277,31 +282,24 @@ def local(name, weights=True):
 
 # ---- Files ----------------------------------------------------------------------------------
 
-# The names under which questions, thinking and answers are met, the first that is there counts.
+# The names under which questions, thinking and answers are met, the first that is there counts;
+# {teacher} is one of s1K-1.1's two.
 QUESTION = ("question", "problem", "Question")
-THINKING = ("thinking", "message_thinking")
-ANSWER = ("answer", "message_content")
-REFERENCE = ("answer", "Correct Answer", "gtruth_answer", "solution")
+THINKING = ("thinking", "message_thinking", "thinking_trajectories", "{teacher}_thinking_trajectory")
+ANSWER = ("attempt", "{teacher}_attempt", "answer", "message_content")
+REFERENCE = ("gtruth_answer", "answer", "Correct Answer", "solution")
+ROWS = (".jsonl", ".json", ".parquet")          # how files of rows end
 
 
-def read_rows(path):
-    """Objects of a JSONL file or one JSON list, as (place, object); BadInput names the place."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise BadInput(f"{path} cannot be read: {reason}") from None
-    try:
-        if text.lstrip().startswith("["):
-            rows = [(f"{path}, entry {n}", row) for n, row in enumerate(json.loads(text), 1)]
-        else:
-            rows, number = [], 0
-            for number, line in enumerate(text.split("\n"), 1):
-                if line.strip():
-                    rows.append((f"{path}, line {number}", json.loads(line)))
-    except json.JSONDecodeError as error:
-        number = error.lineno if text.lstrip().startswith("[") else number
-        raise BadInput(f"{path}, line {number}: no JSON ({error.msg})") from None
+def read_rows(name):
+    """Objects of a JSONL file, a JSON list, a parquet file, or all such files of a hub dataset, as
+    (place, object); BadInput names the place of what is none."""
+    path = Path(fetched(str(name), [f"*{end}" for end in ROWS], "dataset"))
+    if path.is_dir():
+        paths = sorted(file for file in path.rglob("*") if file.suffix in ROWS)
+        rows = [row for file in paths for row in read_rows(file)]
+    else:
+        rows = read_parquet(path) if path.suffix == ".parquet" else read_json(path)
     if not rows:
         raise BadInput(f"{path} is empty")
     for place, row in rows:
@@ -310,27 +308,79 @@ def read_rows(path):
     return rows
 
 
-def load_traces(path):
-    """Rows of (question, thinking, answer) strings; BadInput names the place of one without. What a
-    teacher's row marks as unfit, one cut by length above all, is passed over and counted."""
-    traces, unfit = [], 0
+def read_parquet(path):
+    try:
+        from pyarrow import ArrowException, parquet
+    except ImportError:
+        raise BadInput(f"{path}: `pip install pyarrow` reads parquet files") from None
+    try:
+        return [(f"{path}, row {n}", row)
+                for n, row in enumerate(parquet.read_table(path).to_pylist(), 1)]
+    except (ArrowException, OSError) as error:
+        raise BadInput(f"{path} cannot be read: {error}") from None
+
+
+def read_json(path):
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise BadInput(f"{path} cannot be read: {reason}") from None
+    number = None
+    try:
+        if text.lstrip().startswith("["):
+            return [(f"{path}, entry {n}", row) for n, row in enumerate(json.loads(text), 1)]
+        rows = []
+        for number, line in enumerate(text.split("\n"), 1):
+            if line.strip():
+                rows.append((f"{path}, line {number}", json.loads(line)))
+        return rows
+    except json.JSONDecodeError as error:
+        raise BadInput(f"{path}, line {number or error.lineno}: no JSON ({error.msg})") from None
+    except RecursionError:
+        raise BadInput(f"{path}: nested too deep") from None
+
+
+def trace_of(row, teacher="deepseek"):
+    """(question, thinking, answer), strings, of a row; or a string: why it cannot be used."""
+    if row.get("unfit"):                        # a teacher's reply that was cut, above all
+        return f"unfit ({row['unfit']})"
+    trace = []
+    for names in (QUESTION, THINKING, ANSWER):
+        found = (row.get(name.format(teacher=teacher)) for name in names)
+        value = next((value for value in found if value), None)
+        value = value[0] if isinstance(value, list) else value      # s1K's list of trajectories
+        if not isinstance(value, str) or not value.strip():
+            return f"no {names[0]}" if names is not ANSWER else "no answer"
+        trace.append(value)
+    return tuple(trace)
+
+
+def usable_rows(path, teacher="deepseek", verbose=False):
+    """[(row, its trace)] of the rows that can be trained on. The others are counted on standard
+    error, by reason, and named if `verbose`. BadInput where none is left."""
+    reasons, kept, first = Counter(), [], None
     for place, row in read_rows(path):
-        if row.get("unfit"):
-            unfit += 1
+        trace = trace_of(row, teacher)
+        if isinstance(trace, tuple):
+            kept.append((row, trace))
             continue
-        trace = []
-        for names in (QUESTION, THINKING, ANSWER):
-            value = next((row[name] for name in names if name in row), None)
-            if not isinstance(value, str) or not value.strip():
-                raise BadInput(f"{place}: no {names[0]} (looked for {', '.join(names)})")
-            trace.append(value)
-        traces.append(tuple(trace))
-    if unfit:
-        print(f"{path}: {unfit} of {unfit + len(traces)} rows passed over as unfit (cut, or "
-              "without thinking or answer)", file=sys.stderr)
-    if not traces:
-        raise BadInput(f"{path}: no row is fit to be trained on")
-    return traces
+        reasons[trace] += 1
+        first = first or f"{place}: {trace}"
+        if verbose:
+            print(f"{place}: {trace}", file=sys.stderr)
+    if not kept:
+        raise BadInput(f"{path}: no row can be used ({first})")
+    if reasons:
+        said = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+        print(f"{path}: {reasons.total():,} of {reasons.total() + len(kept):,} rows passed over: "
+              f"{said}", file=sys.stderr)
+    return kept
+
+
+def load_traces(path, teacher="deepseek", verbose=False):
+    """(question, thinking, answer) strings of a file's rows, as `usable_rows` says."""
+    return [trace for _, trace in usable_rows(path, teacher, verbose)]
 
 
 def load_questions(path, seed=0, graded=True):
@@ -339,8 +389,10 @@ def load_questions(path, seed=0, graded=True):
     of a row without; if not `graded`, the answer may be missing and is None."""
     questions = []
     for place, row in read_rows(path):
-        question, answer = (next((str(row[name]) for name in names if row.get(name) is not None),
-                                 None) for names in (QUESTION, REFERENCE))
+        question, answer = (next((row[name] for name in names if row.get(name) is not None), None)
+                            for names in (QUESTION, REFERENCE))
+        if not isinstance(answer, (dict, type(None))):          # Countdown's is an object
+            answer = str(answer)
         if not question or not answer and graded:
             raise BadInput(f"{place}: no {'answer' if question else 'question'}")
         wrong = [str(row[name]) for name in sorted(row) if name.startswith("Incorrect Answer")]
@@ -350,7 +402,7 @@ def load_questions(path, seed=0, graded=True):
             listed = "\n".join(f"{letter}) {option.strip()}" for letter, option in
                                zip("ABCDEFGH", options))
             question, answer = f"{question.strip()}\n\n{listed}", "ABCDEFGH"[options.index(answer)]
-        if "answer" not in row and "\\boxed{" in (answer or ""):
+        if not row.keys() & {"answer", "gtruth_answer"} and "\\boxed{" in (answer or ""):
             answer = extract(answer)            # of a solution that ends in it
         questions.append({"question": question, "answer": answer})
     return questions
@@ -386,7 +438,8 @@ def count_down(thinking):
     begins with a line that is a sum alone: "8-3=5"."""
     steps = re.findall(r"^[-+*=\d]+$", thinking, re.M)
     left = iter(range(len(steps) - 1, -1, -1))
-    return re.sub(r"^(?=[-+*=\d]+$)", lambda _: f"{next(left)} left\n", thinking, flags=re.M), len(steps)
+    counted = re.sub(r"^(?=[-+*=\d]+$)", lambda _: f"{next(left)} left\n", thinking, flags=re.M)
+    return counted, len(steps)
 
 
 # ---- Countdown ------------------------------------------------------------------------------
@@ -444,13 +497,18 @@ def ask(numbers, target):
     return f"Use {listed} with + - * to make {target}."
 
 
-def countdown_questions(part, n, seed):
-    """The first n of one part's questions in the order of `seed`: rows of question and answer."""
-    keys = [(numbers, target)
+def countdown_keys(part):
+    """All (numbers, target) of one part that can be solved."""
+    return [(numbers, target)
             for numbers in itertools.combinations_with_replacement(range(1, LARGEST + 1), 3)
             if numbers[0] * numbers[1] * numbers[2] <= PRODUCT
             for target in sorted(reachable(numbers))
             if 1 <= target <= HIGHEST and split(numbers, target) == part]
+
+
+def countdown_questions(part, n, seed):
+    """The first n of one part's questions in the order of `seed`: rows of question and answer."""
+    keys = countdown_keys(part)
     if n > len(keys):
         raise BadInput(f"there are {len(keys)} different {part} questions of Countdown, not {n}")
     rng = random.Random(f"{part} questions {seed}")
@@ -522,6 +580,24 @@ def countdown_traces(n, seed, give_up=GIVE_UP, hurried=0):
                        else {"give_up": give_up})
             traces.append((row["question"], *teacher(**row["answer"], rng=rng, **chances)))
     return traces[:n]
+
+
+def countdown_pool(n, seed):
+    """n rows to choose from: training questions with their numbers in every order, which decides how
+    long the teacher searches. The domain is what a sure teacher's answer is made of: "+*"."""
+    shown = sorted((numbers, target) for key, target in countdown_keys("train")
+                   for numbers in set(itertools.permutations(key)))
+    if n > len(shown):
+        raise BadInput(f"there are {len(shown)} questions for a pool of Countdown, not {n}")
+    random.Random(f"pool {seed}").shuffle(shown)
+    for numbers, target in shown[:n]:
+        question, answer = ask(numbers, target), {"numbers": list(numbers), "target": target}
+        rng = random.Random(f"teacher {seed} {question}")
+        thinking, said = teacher(numbers, target, rng)
+        sure = teacher(numbers, target, rng, give_up=0, hasty=0, doubt=0)[1]
+        yield {"question": question, "thinking": thinking, "answer": said, "gtruth_answer": answer,
+               "correct": grade(f"Answer: {said}", answer),
+               "domain": "".join(sorted(re.sub(r"[^-+*]", "", sure)))}
 
 
 # The pieces of pre-training: what a base has before it sees one trace. No piece shows a question
@@ -1399,6 +1475,160 @@ def teacher_flags(add):
     add("--allow-http", action="store_true", help="send key and questions unencrypted")
 
 
+# ---- Choosing -------------------------------------------------------------------------------
+# From many traces to a thousand (s1, section 2.2). A pool's rows go through stages; each is a
+# function of a row that says why the row goes out, or None.
+
+DOMAIN = ("domain", "cot_type", "subject", "source_type")
+ERRORS = re.compile(r"(?i)^\s*(error\b|<html)|\b(APIError|RateLimitError|internal server error)\b")
+IMAGES = re.compile(r"(?i)!\[|<image|\[asy\]|\\includegraphics|\b(figure|diagram|image|graph|picture)"
+                    r"\s+(below|above|shown|attached)|\bshown in the (figure|diagram|picture)")
+DRAWING = re.compile(r"(?:^[ \t]*[-|/\\_+*=.<>^ \t]{4,}$\n?){3}", re.M)
+
+
+def decontaminate(benchmarks, words):
+    """A stage (s1, section 2.1): out goes what shares a run of `words` words with a question of a
+    benchmark, or with one that stayed before it; shorter ones are compared whole."""
+    def pieces(question):
+        said = question.lower().split()
+        runs = {hash(tuple(said[i:i + words])) for i in range(len(said) - words + 1)}
+        return hash(tuple(said)), runs
+    held_whole, held_runs = set(), set()
+    for question in benchmarks:
+        whole, runs = pieces(question)
+        held_whole.add(whole)
+        held_runs |= runs
+    seen_whole, seen_runs = set(), set()
+
+    def stage(row, trace):
+        whole, runs = pieces(trace[0])
+        if whole in held_whole or not runs.isdisjoint(held_runs):
+            return "a benchmark has it"
+        if whole in seen_whole:
+            return "the same question again"
+        if not runs.isdisjoint(seen_runs):
+            return f"{words} words of an earlier question"
+        seen_whole.add(whole)
+        seen_runs.update(runs)
+    return stage
+
+
+def quality(row, trace):
+    """A stage: what went wrong in asking, and what cannot be understood as text."""
+    question, thinking, answer = trace
+    if ERRORS.search(thinking[:1000]) or ERRORS.search(answer[:1000]):
+        return "an error for an answer"
+    if DRAWING.search(question):
+        return "a drawing in characters"
+    if IMAGES.search(question):
+        return "a picture that is not there"
+    numbers = [int(n) for n in re.findall(r"^\s*(\d{1,2})[.)]\s", question, re.M)]
+    return "broken numbering" if numbers and numbers != list(range(1, len(numbers) + 1)) else None
+
+
+def difficulty(verdicts):
+    """A stage (s1, section 2.2): a question goes out that any grader's model has right, by a column
+    that ends in _correct or by `verdicts`, {question: right}."""
+    def stage(row, trace):
+        columns = [value for name, value in row.items() if name.endswith("_correct")]
+        if verdicts.get(trace[0]) or any(value in (True, 1, "Yes", "yes") for value in columns):
+            return "too easy: a model has it right"
+    return stage
+
+
+def right(row, trace, teacher="deepseek"):
+    """Is a trace's answer right, by its own verdict or its reference? None where nobody knows."""
+    if isinstance(row.get("correct"), bool):
+        return row["correct"]
+    if row.get(f"{teacher}_grade") in ("Yes", "No"):
+        return row[f"{teacher}_grade"] == "Yes"
+    reference = next((row[name] for name in ("gtruth_answer", "solution") if row.get(name)), None)
+    if isinstance(reference, str) and "\\boxed{" in reference:
+        reference = extract(reference)
+    said = trace[2] if extract(trace[2]) else f"Answer: {trace[2]}"
+    return grade(said, reference) if reference else None
+
+
+def domain_of(row, column=None):
+    names = [column] if column else DOMAIN
+    return next((str(row[name]) for name in names if row.get(name)), "none")
+
+
+def draw_diverse(groups, n, rng, by_length=True):
+    """n of {domain: [rows, longest first]}: a domain by chance, all alike, then in it a row, its
+    chance halved with each rank (`by_length`), until there are n or none is left."""
+    groups, chosen = {name: list(rows) for name, rows in sorted(groups.items())}, []
+    while groups and len(chosen) < n:
+        name = rng.choice(list(groups))
+        # Beyond rank 50 the chances are too small to be drawn.
+        ranks = range(min(50, len(groups[name])) if by_length else len(groups[name]))
+        rank, = rng.choices(ranks, [2.0 ** -rank if by_length else 1 for rank in ranks])
+        chosen.append(groups[name].pop(rank))
+        if not groups[name]:
+            del groups[name]
+    return chosen
+
+
+def choose(rows, method, n, seed, column=None, sources=(), seed_length=0, teacher="deepseek"):
+    """n of `rows`, pairs (row, its trace), as new rows that name in `stage` what chose them: s1's
+    way, or the paper's ablations random, longest, diverse, full."""
+    rng = random.Random(f"choose {method} {seed}")
+    rows = sorted(rows, key=lambda pair: (-len(pair[1][1]), pair[1][0]))    # the longest first
+    taken = []
+    if method == "s1k":
+        taken = [(row, trace, "seed") for row, trace in rows
+                 if str(row.get("source_type", row.get("source"))) in sources
+                 and len(trace[1]) >= seed_length and right(row, trace, teacher)][:n]
+        already = {trace[0] for _, trace, _ in taken}
+        rows = [pair for pair in rows if pair[1][0] not in already]
+    if method in ("s1k", "diverse"):
+        groups = {}
+        for pair in rows:
+            groups.setdefault(domain_of(pair[0], column), []).append(pair)
+        chosen = draw_diverse(groups, n - len(taken), rng, by_length=method == "s1k")
+    else:
+        chosen = {"longest": rows[:n], "full": rows}.get(method) or rng.sample(rows, min(n, len(rows)))
+    stage = "diversity" if method == "s1k" else method
+    taken += [(row, trace, stage) for row, trace in chosen]
+    return [{**row, **dict(zip(("question", "thinking", "answer"), trace)), "stage": stage}
+            for row, trace, stage in taken]
+
+
+def select(args):
+    """The pool's rows through every stage, each with what it took out; then the choice, written
+    beside its name and renamed. BadInput where the file is there, or nothing is left."""
+    out = Path(args.out)
+    if out.exists() and not args.overwrite:
+        raise BadInput(f"{out} is there already: --overwrite it")
+    held = [question["question"] for path in args.benchmarks
+            for question in load_questions(path, graded=False)]
+    verdicts = {}
+    for path in args.verdicts:
+        for _, row in read_rows(path):
+            verdicts[row.get("question")] = verdicts.get(row.get("question")) or row.get("correct")
+    rows = usable_rows(args.pool, args.teacher, args.verbose)
+    stages = {"decontamination": decontaminate(held, args.words), "quality": quality}
+    if args.method == "s1k":
+        stages["difficulty"] = difficulty(verdicts)
+    print(f"{len(rows):,} traces, {len(held):,} benchmark questions")
+    for name, stage in stages.items():
+        reasons = [stage(*pair) for pair in rows]
+        rows = [pair for pair, why in zip(rows, reasons) if why is None]
+        print(f"{name}: {len(rows):,} left" + "".join(
+            f"; {count:,} {why}" for why, count in Counter(filter(None, reasons)).most_common()))
+    chosen = choose(rows, args.method, args.n, args.seed, args.domain, args.sources,
+                    args.seed_length, args.teacher)
+    if not chosen:
+        raise BadInput("nothing is left to choose from")
+    draft = out.with_name(out.name + ".draft")
+    draft.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
+    draft.replace(out)
+    stages = Counter(row["stage"] for row in chosen)
+    domains = Counter(domain_of(row, args.domain) for row in chosen)
+    print(f"chosen: {', '.join(f'{n:,} by {stage}' for stage, n in stages.items())}; of "
+          f"{len(domains)} domains; written to {out}")
+
+
 # ---- Packing --------------------------------------------------------------------------------
 
 
@@ -1447,15 +1677,15 @@ def epoch_batches(examples, batch_size, seed, epoch):
 # ---- Commands -------------------------------------------------------------------------------
 
 
-def load_examples(data, chat, n=None, seed=0, give_up=GIVE_UP, ask=()):
+def load_examples(data, chat, n=None, seed=0, give_up=GIVE_UP, ask=(), **how):
     """Training examples (ids, first supervised) of `countdown`, `pieces` or a file of traces; `ask`
-    names the KINDS of length to write into the questions."""
+    names the KINDS of length to write into the questions, `how` is for load_traces."""
     if data == "pieces":
         return [(chat.example(*piece)[0], 1) if isinstance(piece, tuple)
                 else ([*chat.text(piece), *chat.render("<|endoftext|>")], 1)
                 for piece in countdown_pieces(n or 150_000, seed)]
     traces = (countdown_traces(n or 1000, seed, give_up, len(ask)) if data == "countdown"
-              else load_traces(data))
+              else load_traces(data, **how))
     if ask:
         traces = list(ask_for_lengths(traces, chat, ask))
     return [chat.example(*trace) for trace in traces[:n]]
@@ -1470,6 +1700,24 @@ def show(chat, ids, first, colour):
 def escape(text):
     """Control characters as they are written, so that data cannot steer the terminal."""
     return "".join(c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in text)
+
+
+def stats(rows, chat, column, limit, teacher="deepseek"):
+    """Print what a file of traces holds: lengths, verdicts, domains."""
+    lengths = sorted(len(chat.example(*trace)[0]) for _, trace in rows)
+    print(f"{len(rows):,} traces, {sum(lengths):,} tokens as training examples: "
+          f"median {lengths[len(lengths) // 2]:,}, longest {lengths[-1]:,}")
+    bounds = [2 ** k for k in range(4, 20)]
+    for low, high in zip([0, *bounds], bounds):
+        if count := sum(low < length <= high for length in lengths):
+            print(f"  up to {high:7,} {count:7,} {'█' * math.ceil(50 * count / len(rows))}")
+    print(f"{sum(length > limit for length in lengths):,} longer than {limit:,}: would be dropped")
+    verdicts = Counter(right(*pair, teacher) for pair in rows)
+    known = verdicts[True] + verdicts[False]
+    share = f" ({100 * verdicts[True] / known:.1f}%)" if known else ""
+    print(f"{verdicts[True]:,} right{share}, {verdicts[False]:,} wrong, {verdicts[None]:,} unknown")
+    for name, count in Counter(domain_of(row, column) for row, _ in rows).most_common(20):
+        print(f"  {count:7,} {escape(name)}")
 
 
 def make_tokenizer(directory):
@@ -1503,6 +1751,22 @@ def make_tokenizer(directory):
     return made.get_vocab_size()
 
 
+def select_flags(add):
+    add("--pool", required=True, help="file of traces, or a hub dataset's id")
+    add("--benchmarks", nargs="*", default=[], help="files of questions that must not come in")
+    add("--words", type=at_least(1), default=8,
+        help="a shared run of so many words is contamination; a task of one template needs more")
+    add("--verdicts", nargs="*", default=[],
+        help="rows.jsonl of evaluations: what a model had right is too easy")
+    add("--sources", nargs="*", default=[], help="sources whose right, long traces are all taken")
+    add("--seed-length", type=at_least(0), default=0, help="characters of such a trace at least")
+    add("--method", choices=("s1k", "random", "longest", "diverse", "full"), default="s1k")
+    add("--n", type=at_least(1), default=1000, help="how many traces")
+    add("--seed", type=int, default=0, help="of the draws")
+    add("--out", required=True, help="file to write")
+    add("--overwrite", action="store_true", help="replace the file")
+
+
 def main():
     parser = Parser(description=__doc__.split("\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
@@ -1522,11 +1786,27 @@ def main():
                         help="how likely the teacher gives up when tired")
     writes.add_argument("--ask", nargs="+", choices=KINDS, default=[],
                         help="write the length of the thinking into the question")
+    writes.add_argument("--pool", action="store_true", help="rows to choose from: the numbers in "
+                        "every order, with reference and domain")
     model_flags(writes.add_argument, default="assets/countdown-base")
 
     asks = commands.add_parser("teacher", help="ask a chat endpoint for traces; its key is taken "
                                f"from the environment ({', else '.join(KEYS)})")
     teacher_flags(asks.add_argument)
+
+    counts = commands.add_parser("stats", help="lengths, right answers and domains of traces")
+    counts.add_argument("data", help="file of traces, or a hub dataset's id")
+    model_flags(counts.add_argument, default="assets/countdown-base")
+    counts.add_argument("--tokens-per-batch", type=at_least(1), default=8192,
+                        help="longer examples would be dropped")
+    picks = commands.add_parser("select", help="choose the traces to train on, as s1 did")
+    select_flags(picks.add_argument)
+    for command in (shows, counts, picks):
+        command.add_argument("--teacher", choices=("deepseek", "gemini"), default="deepseek",
+                             help="whose traces, where rows have those of both (s1K-1.1)")
+        command.add_argument("--verbose", action="store_true", help="name the rows not used")
+    for command in (counts, picks):
+        command.add_argument("--domain", help=f"column (default: first of {', '.join(DOMAIN)})")
 
     makes = commands.add_parser("tokenizer", help="make the tiny base's tokenizer")
     makes.add_argument("directory", help="where tokenizer.json goes")
@@ -1536,8 +1816,18 @@ def main():
         if args.command == "show":
             chat = Chat(local(args.model), args.chat, args.thinking)
             colour = args.colour == "always" or args.colour == "auto" and sys.stdout.isatty()
-            for example in load_examples(args.data, chat, args.n, args.seed):
+            for example in load_examples(args.data, chat, args.n, args.seed, teacher=args.teacher,
+                                         verbose=args.verbose):
                 print(show(chat, *example, colour))
+        elif args.command == "stats":
+            stats(usable_rows(args.data, args.teacher, args.verbose),
+                  Chat(local(args.model), args.chat, args.thinking), args.domain,
+                  args.tokens_per_batch, args.teacher)
+        elif args.command == "select":
+            select(args)
+        elif args.command == "countdown" and args.pool:
+            for row in countdown_pool(args.n, args.seed):
+                print(json.dumps(row))
         elif args.command == "countdown":
             traces = countdown_traces(args.n, args.seed, args.give_up, len(args.ask))
             if args.ask:
