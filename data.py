@@ -497,13 +497,13 @@ def ask(numbers, target):
     return f"Use {listed} with + - * to make {target}."
 
 
-def countdown_keys(part):
-    """All (numbers, target) of one part that can be solved."""
+def countdown_keys(part, highest=HIGHEST):
+    """All (numbers, target) of one part that can be solved, with targets up to `highest`."""
     return [(numbers, target)
             for numbers in itertools.combinations_with_replacement(range(1, LARGEST + 1), 3)
             if numbers[0] * numbers[1] * numbers[2] <= PRODUCT
             for target in sorted(reachable(numbers))
-            if 1 <= target <= HIGHEST and split(numbers, target) == part]
+            if 1 <= target <= highest and split(numbers, target) == part]
 
 
 def countdown_questions(part, n, seed):
@@ -584,8 +584,9 @@ def countdown_traces(n, seed, give_up=GIVE_UP, hurried=0):
 
 def countdown_pool(n, seed):
     """n rows to choose from: training questions with their numbers in every order, which decides how
-    long the teacher searches. The domain is what a sure teacher's answer is made of: "+*"."""
-    shown = sorted((numbers, target) for key, target in countdown_keys("train")
+    long the teacher searches, and with targets twice as high, which are never asked for in the end.
+    The domain is what a sure teacher's answer is made of, "+*", or "high"."""
+    shown = sorted((numbers, target) for key, target in countdown_keys("train", 2 * HIGHEST)
                    for numbers in set(itertools.permutations(key)))
     if n > len(shown):
         raise BadInput(f"there are {len(shown)} questions for a pool of Countdown, not {n}")
@@ -597,7 +598,8 @@ def countdown_pool(n, seed):
         sure = teacher(numbers, target, rng, give_up=0, hasty=0, doubt=0)[1]
         yield {"question": question, "thinking": thinking, "answer": said, "gtruth_answer": answer,
                "correct": grade(f"Answer: {said}", answer),
-               "domain": "".join(sorted(re.sub(r"[^-+*]", "", sure)))}
+               "domain": "high" if target > HIGHEST else
+                         "".join(sorted(re.sub(r"[^-+*]", "", sure)))}
 
 
 # The pieces of pre-training: what a base has before it sees one trace. No piece shows a question

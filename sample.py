@@ -300,11 +300,12 @@ def ask_all(model, chat, args):
     """Answer a file of questions, `--slots` at a time: rows as `data.py teacher` writes them, each
     as it finishes. What the file of traces already holds is not asked."""
     settings = {**sampling(args), "repeats": args.repeats, "max_new_tokens": args.max_new_tokens}
-    jobs = {row_key(args.model, chat.format, question["question"], settings): question
+    asked = [args.model, chat.format, settings, args.direct]
+    jobs = {row_key(question["question"], *asked): question
             for question in load_questions(args.questions, graded=False)}
     file, done = open_traces(args.out)
     keys = [key for key in jobs if key not in done]
-    prompts = [chat.prompt(jobs[key]["question"]) for key in keys]
+    prompts = [chat.prompt(jobs[key]["question"], thinking=not args.direct) for key in keys]
     length = min(max(map(len, prompts), default=0) + args.max_new_tokens,
                  model.config.max_position_embeddings)
 
@@ -316,7 +317,8 @@ def ask_all(model, chat, args):
     for row in tqdm(rows, total=len(prompts), unit="row", disable=None):
         key = keys[row.index]
         text = chat.decode(row.tokens[:-1] if row.finish == "stop" else row.tokens)
-        thinking, _, answer = text.partition(chat.closing.rstrip("\n"))
+        thinking, _, answer = (("", "", text) if args.direct
+                               else text.partition(chat.closing.rstrip("\n")))
         write_row(file, trace_row(
             jobs[key], thinking, answer, model=args.model, finish=row.finish, usage={
                 "prompt_tokens": len(row.prompt), "completion_tokens": len(row.tokens)},
