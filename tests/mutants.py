@@ -15,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-MODEL, DATA, TRAIN, SAMPLE, FORCE, PROGRAMS, CHECKPOINTS = (
+MODEL, DATA, TRAIN, SAMPLE, FORCE, PROGRAMS, CHECKPOINTS, TEACHER, SELECT = (
     f"tests/test_{name}.py" for name in ("model", "data", "train", "sample", "budget_force",
-                                         "programs", "checkpoints"))
+                                         "programs", "checkpoints", "teacher", "select"))
 MUTANTS = [
     # model.py
     ("a document sees its neighbour", "model.py", "q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2)",
@@ -71,6 +71,44 @@ MUTANTS = [
      "{self.closing}{{answer}}", DATA),
     ("steps are not counted down", "data.py", "left = iter(range(len(steps) - 1, -1, -1))",
      "left = iter(range(len(steps)))", DATA),
+    ("a torn line is a row", "data.py", "                file.truncate(end)\n                break\n",
+     "                break\n", TEACHER),
+    ("another's file is cut", "data.py", "if not whole and line.startswith(ours[:len(line)]):", "if not whole:", TEACHER),
+    ("a redirect is a reply", "data.py", "again = status in (200, 408, 409, 429) or status >= 500",
+     "again = status in (200, 408, 409, 429) or status >= 300", TEACHER),
+    ("a refusal is tried again", "data.py", "again = status in (200, 408, 409, 429) or status >= 500",
+     "again = True", TEACHER),
+    ("busy is a refusal", "data.py", "again = status in (200, 408, 409, 429) or", "again = status in (200, 409, 429) or",
+     TEACHER),
+    ("Retry-After is not heard", "data.py", "if failure.after is not None:", "if False:", TEACHER),
+    ("milliseconds are seconds", "data.py", 'float(headers["retry-after-ms"]) / 1000', 'float(headers["retry-after-ms"])',
+     TEACHER),
+    ("a 429 slows one worker", "data.py", "self.pause = max(self.pause, due)", "pass", TEACHER),
+    ("a dripping server", "data.py", "    guard.start()\n", "", TEACHER),
+    ("the key in an echo", "data.py", "return text.replace(secret, \"[key]\") if", "return text if", TEACHER),
+    ("dollars without a limit", "data.py", "self.broke = worst > self.limit", "self.broke = False", TEACHER),
+    ("what is answered is asked again", "data.py", "if job.key not in done)", ")", TEACHER),
+    ("a cut reply is trained on", "data.py", 'if row.get("unfit"): ', "if False: ", TEACHER),
+    ("thinking stays in the answer", "data.py", "inside, content = [content[:closed.start()]], content[closed.end():]",
+     "inside = [content[:closed.start()]]", TEACHER),
+    ("http to anywhere", "data.py", 'if url.scheme == "http" and not loopback and not plain:', "if False:", TEACHER),
+    ("seven words are contamination", "data.py", "for i in range(len(said) - words + 1)}",
+     "for i in range(len(said) - words + 2)}", SELECT),
+    ("accepted questions do not join", "data.py", "        seen_runs.update(runs)\n", "", SELECT),
+    ("accepted questions count as benchmarks", "data.py", "    seen_whole, seen_runs = set(), set()\n",
+     "    seen_whole, seen_runs = set(), held_runs\n", SELECT),
+    ("short questions never match", "data.py", "whole in held_whole or not", "not", SELECT),
+    ("errors are answers", "data.py", "if ERRORS.search(thinking[:1000]) or ERRORS.search(answer[:1000]):", "if False:", SELECT),
+    ("verdicts are not joined", "data.py", "verdicts.get(trace[0]) or any", "any", SELECT),
+    ("the shortest first", "data.py", "key=lambda pair: (-len(pair[1][1]), pair[1][0])",
+     "key=lambda pair: (len(pair[1][1]), pair[1][0])", SELECT),
+    ("a third with each rank", "data.py", "[2.0 ** -rank if by_length", "[3.0 ** -rank if by_length", SELECT),
+    ("large domains come more often", "data.py", "name = rng.choice(list(groups))",
+     "name = rng.choice([name for name in groups for _ in groups[name]])", SELECT),
+    ("a wrong trace is a seed", "data.py", "len(trace[1]) >= seed_length and right(row, trace, teacher)][:n]",
+     "len(trace[1]) >= seed_length][:n]", SELECT),
+    ("a pool of held-out questions", "data.py", 'countdown_keys("train", 2 * HIGHEST)', 'countdown_keys("test", 2 * HIGHEST)',
+     SELECT),
     # train.py
     ("a mean of means", "train.py", "(loss / supervised * world).backward()",
      "(loss / max(1, (targets != -100).sum()) * world / len(rows)).backward()", TRAIN),
