@@ -1525,7 +1525,8 @@ def quality(row, trace):
     if IMAGES.search(question):
         return "a picture that is not there"
     numbers = [int(n) for n in re.findall(r"^\s*(\d{1,2})[.)]\s", question, re.M)]
-    return "broken numbering" if numbers and numbers != list(range(1, len(numbers) + 1)) else None
+    broken = any(b not in (1, a + 1) for a, b in itertools.pairwise([0, *numbers]))
+    return "broken numbering" if broken else None
 
 
 def difficulty(verdicts):
@@ -1545,8 +1546,8 @@ def right(row, trace, teacher="deepseek"):
     if row.get(f"{teacher}_grade") in ("Yes", "No"):
         return row[f"{teacher}_grade"] == "Yes"
     reference = next((row[name] for name in ("gtruth_answer", "solution") if row.get(name)), None)
-    if isinstance(reference, str) and "\\boxed{" in reference:
-        reference = extract(reference)
+    if isinstance(reference, str):              # a solution ends in its answer, or is prose
+        reference = extract(reference) or (reference if len(reference) < 100 else None)
     said = trace[2] if extract(trace[2]) else f"Answer: {trace[2]}"
     return grade(said, reference) if reference else None
 
@@ -1612,6 +1613,8 @@ def select(args):
     stages = {"decontamination": decontaminate(held, args.words), "quality": quality}
     if args.method == "s1k":
         stages["difficulty"] = difficulty(verdicts)
+    if args.domain and not any(args.domain in row for row, _ in rows):
+        raise BadInput(f"no row of {args.pool} has a column {args.domain!r}")
     print(f"{len(rows):,} traces, {len(held):,} benchmark questions")
     for name, stage in stages.items():
         reasons = [stage(*pair) for pair in rows]
@@ -1623,7 +1626,8 @@ def select(args):
     if not chosen:
         raise BadInput("nothing is left to choose from")
     draft = out.with_name(out.name + ".draft")
-    draft.write_text("".join(json.dumps(row) + "\n" for row in chosen), encoding="utf-8")
+    draft.write_text("".join(json.dumps(row, default=str) + "\n" for row in chosen),
+                     encoding="utf-8")              # default: parquet has dates
     draft.replace(out)
     stages = Counter(row["stage"] for row in chosen)
     domains = Counter(domain_of(row, args.domain) for row in chosen)

@@ -97,7 +97,7 @@ def test_what_went_out_holds_nobody_back():
     ("See the figure below.", "t", "5", "a picture"), ("![](x.png)", "t", "5", "a picture"),
     ("[asy] draw(); [/asy]", "t", "5", "a picture"), ("Plot the graph of f", "t", "5", None),
     ("1. a\n2. b", "t", "5", None), ("2. What is this?", "t", "5", "broken numbering"),
-    ("1. a\n3. b", "t", "5", "broken numbering"), ("3.5 is a number", "t", "5", None)])
+    ("1. a\n2. b\n1. c", "t", "5", None), ("1. a\n3. b", "t", "5", "broken numbering"), ("3.5 is a number", "t", "5", None)])
 def test_quality(question, thinking, answer, why):
     found = quality({}, (question, thinking, answer))
     assert found is None if why is None else found.startswith(why)
@@ -116,6 +116,7 @@ def test_right_by_verdict_grade_or_reference():
     for row, verdict in ((a_row(correct=False), False), (a_row(deepseek_grade="Yes"), True),
                          (a_row(gtruth_answer="5.0"), True), (a_row(gtruth_answer="6"), False),
                          (a_row(solution="so \\boxed{5}"), True), (a_row(), None),
+                         (a_row(solution="We see that " * 20), None),
                          (a_row(answer="(1+2)*3", gtruth_answer={"numbers": [1, 2, 3], "target": 9}), True)):
         assert data.right(row, trace_of(row)) is verdict
     assert data.right(a_row(gemini_grade="No"), ("q", "t", "5"), "gemini") is False
@@ -206,6 +207,8 @@ def test_select_from_end_to_end(run, tiny, tmp_path):
     code, _, error = run(*command)
     assert code == 2 and "--overwrite" in error and (tmp_path / "out.jsonl").read_bytes() == first
     assert run(*command, "--overwrite")[0] == 0 and (tmp_path / "out.jsonl").read_bytes() == first
+    code, _, error = run(*command, "--overwrite", "--domain", "none")
+    assert code == 2 and "no row of" in error and (tmp_path / "out.jsonl").read_bytes() == first
     code, printed, error = run("data", "stats", tmp_path / "out.jsonl", "--tokens-per-batch", 200)
     longer = sum(len(data.Chat(tiny).example(*trace)[0]) > 200
                  for trace in data.load_traces(tmp_path / "out.jsonl"))
