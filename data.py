@@ -1590,7 +1590,8 @@ def choose(rows, method, n, seed, column=None, sources=(), seed_length=0, teache
             groups.setdefault(domain_of(pair[0], column), []).append(pair)
         chosen = draw_diverse(groups, n - len(taken), rng, by_length=method == "s1k")
     else:
-        chosen = {"longest": rows[:n], "full": rows}.get(method) or rng.sample(rows, min(n, len(rows)))
+        ways = {"longest": rows[:n], "full": rows, "random": rng.sample(rows, min(n, len(rows)))}
+        chosen = ways[method]
     stage = "diversity" if method == "s1k" else method
     taken += [(row, trace, stage) for row, trace in chosen]
     return [{**row, **dict(zip(("question", "thinking", "answer"), trace)), "stage": stage}
