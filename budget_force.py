@@ -197,7 +197,7 @@ class Method(typing.NamedTuple):
     another way to make one row of a question's samples."""
     asks: str | None = None             # which of KINDS the question says
     forces: bool = True                 # is the budget enforced?
-    steer: type | None = Budget         # what enforces it, or a class of your own; None: no thinking
+    steer: type | None = Budget         # what enforces it, a class; None: there is no thinking
     fold: typing.Callable = lambda rows: rows[0]
 
 

@@ -285,7 +285,8 @@ def fetched(name, patterns, kind="model"):
 # The names under which questions, thinking and answers are met, the first that is there counts;
 # {teacher} is one of s1K-1.1's two.
 QUESTION = ("question", "problem", "Question")
-THINKING = ("thinking", "message_thinking", "thinking_trajectories", "{teacher}_thinking_trajectory")
+THINKING = ("thinking", "message_thinking", "thinking_trajectories",
+            "{teacher}_thinking_trajectory")
 ANSWER = ("attempt", "{teacher}_attempt", "answer", "message_content")
 REFERENCE = ("gtruth_answer", "answer", "Correct Answer", "solution")
 ROWS = (".jsonl", ".json", ".parquet")          # how files of rows end
@@ -408,9 +409,9 @@ def load_questions(path, seed=0, graded=True):
     return questions
 
 
-# How long to think, as a question may ask (s1, section 3.2 and appendix D). What a trace is labelled
-# with is its own length: in tokens, rounded up to a power of two; in first steps of the search, which
-# its thinking then counts down, as s1's does; or its class.
+# How long to think, as a question may ask (s1, section 3.2 and appendix D). What a trace is
+# labelled with is its own length: in tokens, rounded up to a power of two; in first steps of the
+# search, which its thinking then counts down, as s1's does; or its class.
 SHORT = 100                         # tokens; above it thinking is long
 KINDS = {"tokens": "{question} Think for up to {limit} tokens.",
          "steps": "{question} Think for up to {limit} steps.",
@@ -583,8 +584,8 @@ def countdown_traces(n, seed, give_up=GIVE_UP, hurried=0):
 
 
 def countdown_pool(n, seed):
-    """n rows to choose from: training questions with their numbers in every order, which decides how
-    long the teacher searches, and with targets twice as high, which are never asked for in the end.
+    """n rows to choose from: training questions with their numbers in every order, which decides
+    how long the teacher searches, and targets twice as high, which are not asked for in the end.
     The domain is what a sure teacher's answer is made of, "+*", or "high"."""
     shown = sorted((numbers, target) for key, target in countdown_keys("train", 2 * HIGHEST)
                    for numbers in set(itertools.permutations(key)))
@@ -1483,8 +1484,8 @@ def teacher_flags(add):
 
 DOMAIN = ("domain", "cot_type", "subject", "source_type")
 ERRORS = re.compile(r"(?i)^\s*(error\b|<html)|\b(APIError|RateLimitError|internal server error)\b")
-IMAGES = re.compile(r"(?i)!\[|<image|\[asy\]|\\includegraphics|\b(figure|diagram|image|graph|picture)"
-                    r"\s+(below|above|shown|attached)|\bshown in the (figure|diagram|picture)")
+IMAGES = re.compile(r"(?i)!\[|<image|\[asy\]|\\includegraphics"
+                    r"|\b(figure|diagram|image|graph|picture)\s+(below|above|shown|attached)|\bshown in the (figure|diagram|picture)")
 DRAWING = re.compile(r"(?:^[ \t]*[-|/\\_+*=.<>^ \t]{4,}$\n?){3}", re.M)
 
 

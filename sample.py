@@ -170,7 +170,8 @@ class Sampler:
         for start in range(0, len(readers), n := max(1, 2**14 // width)):
             logits += self.read(len(rows) + start, readers[start:start + n], width)
         for slot, row in enumerate(new, len(rows)):
-            places = [tensor[slot, :, :len(row.prompt)] for tensor in itertools.chain(*self.cache.layers)]
+            places = [tensor[slot, :, :len(row.prompt)]
+                      for tensor in itertools.chain(*self.cache.layers)]
             if row.sample == 0 and samples > 1:
                 self.prefilled[row.index] = logits[slot - len(rows)], [p.clone() for p in places]
             elif row.sample > 0:

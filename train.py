@@ -2,7 +2,8 @@
 
 In:   a model, and traces: the built-in Countdown teacher's or a file of yours.
 Out:  a model directory in the Hugging Face layout, with metrics.jsonl and run.json beside it, which
-      has the command that makes it again, on a CPU to the same bits; on the way checkpoints in OUT.steps, from which --resume goes on bitwise.
+      has the command that makes it again, on a CPU to the same bits; on the way checkpoints
+      in OUT.steps, from which --resume goes on bitwise.
 
 With no flags it fine-tunes the tiny base on 1,000 Countdown traces. The base itself was made by the
 same loop, everything supervised: see assets/countdown-base/README.md. Larger models:
@@ -229,7 +230,8 @@ def origin(world):
                               stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
         return done.stdout.strip()
     try:
-        commit = git("rev-parse", "HEAD") + " and changes" * bool(git("status", "--porcelain", "-uno"))
+        changed = bool(git("status", "--porcelain", "-uno"))
+        commit = git("rev-parse", "HEAD") + " and changes" * changed
     except OSError:
         commit = ""                                 # no git on this machine
     return {"command": shlex.join(["python", "train.py", *sys.argv[1:]]), "processes": world,
