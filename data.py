@@ -1485,7 +1485,8 @@ def teacher_flags(add):
 DOMAIN = ("domain", "cot_type", "subject", "source_type")
 ERRORS = re.compile(r"(?i)^\s*(error\b|<html)|\b(APIError|RateLimitError|internal server error)\b")
 IMAGES = re.compile(r"(?i)!\[|<image|\[asy\]|\\includegraphics"
-                    r"|\b(figure|diagram|image|graph|picture)\s+(below|above|shown|attached)|\bshown in the (figure|diagram|picture)")
+                    r"|\b(figure|diagram|image|graph|picture)\s+(below|above|shown|attached)"
+                    r"|\bshown in the (figure|diagram|picture)")
 DRAWING = re.compile(r"(?:^[ \t]*[-|/\\_+*=.<>^ \t]{4,}$\n?){3}", re.M)
 
 
