@@ -1020,13 +1020,13 @@ def open_traces(path):
             teacher = json.loads(line)["teacher"]
             done[teacher["key"]] = teacher
             end += len(line)
-        except (ValueError, KeyError, TypeError):
-            if whole or line[:len(ours)] != ours[:len(line)]:
+            file.write(b"" if whole else b"\n")
+        except (ValueError, KeyError, TypeError) as error:
+            torn = isinstance(error, ValueError) and not whole
+            if not torn or line[:len(ours)] != ours[:len(line)]:
                 raise BadInput(f"{path}, line {number}: no row of a teacher; choose another "
                                "file to write to") from None
             file.truncate(end)
-        else:
-            file.write(b"" if whole else b"\n")
     return file, done
 
 
@@ -1054,7 +1054,7 @@ def teacher_url(base, plain=False):
     """The parts of the chat endpoint's address under a base URL; BadInput where it is none that the
     key may be sent to. `plain` allows http to a host that is not this machine."""
     base = base.rstrip("/").removesuffix("/chat/completions")
-    if not re.fullmatch(r"https?://[\w.-]+(:\d{1,5})?(/[\w.~%:/+-]*)?", base, re.ASCII):
+    if not re.fullmatch(r"https?://[\w.-]+(:\d{1,4}|:[1-5]\d{4})?(/[\w.~%:/+-]*)?", base, re.ASCII):
         raise BadInput("--base-url: not of the form https://host/path, without user and query")
     url = urllib.parse.urlsplit(base + "/chat/completions")
     try:
@@ -1074,11 +1074,9 @@ def post(url, body, secret, timeout, deadline):
     kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
     left = max(0.001, deadline - time.monotonic())
     connection = kind(url.hostname, url.port, timeout=min(timeout, left))
-
-    def hang_up():
-        with contextlib.suppress(Exception):    # it may not be connected, or be gone
-            connection.sock.shutdown(socket.SHUT_RDWR)
-    guard = threading.Timer(left, hang_up)      # each byte that drips in starts `timeout` anew
+    connection.connect()
+    # Each byte that drips in starts `timeout` anew; this does not wait for the last of them.
+    guard = threading.Timer(deadline - time.monotonic(), hang_up, [connection.sock])
     guard.daemon = True
     guard.start()
     headers = {"Content-Type": "application/json", "User-Agent": "s1-teacher"}
@@ -1087,10 +1085,18 @@ def post(url, body, secret, timeout, deadline):
     try:
         connection.request("POST", url.path, json.dumps(body), headers)
         reply = connection.getresponse()
-        return reply.status, reply.headers, reply.read(LARGEST + 1)
+        text = reply.read(LARGEST + 1)
+        if time.monotonic() >= deadline:        # what is hung up may look like a short reply
+            raise TimeoutError("the time for this question is over")
+        return reply.status, reply.headers, text
     finally:
         guard.cancel()
         connection.close()
+
+
+def hang_up(line):
+    with contextlib.suppress(OSError):          # it may be closed just now
+        line.shutdown(socket.SHUT_RDWR)
 
 
 def read_reply(status, headers, text):

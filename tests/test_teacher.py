@@ -139,8 +139,9 @@ def test_a_row_holds_what_came_and_can_be_trained_on(serve):
 
 def test_a_wrong_answer_and_none_to_compare_with(serve):
     assert serve(lambda *_: said(), answer="6").rows[0]["correct"] is False
-    row = serve(lambda *_: said(), "--n", 1, "--samples", 2, answer=None).rows[-1]
-    assert "correct" not in row and "gtruth_answer" not in row and row["teacher"]["sample"] == 1
+    rows = serve(lambda *_: said(), "--n", 1, "--samples", 2, n=3, answer=None).rows[1:]
+    assert [sorted(row) for row in rows] == [["answer", "question", "teacher", "thinking"]] * 2
+    assert {row["teacher"]["sample"] for row in rows} == {0, 1}
 
 
 def test_what_is_cut_is_kept_flagged_and_not_trained_on(serve, capsys):
@@ -190,7 +191,8 @@ def test_tried_again(serve, bad):
         return {"drop": None, "no JSON": (200, {}, b"<html>busy"),
                 "no choices": {"error": {"code": 429, "message": "busy"}},
                 "empty choices": {"choices": []},
-                "torn": (200, {"Content-Length": "9999", "Connection": "close"}, said())
+                "torn": (200, {"Content-Length": "9999", "Connection": "close"},
+                         json.dumps(said()).encode()[:-1])
                 }.get(bad, (bad, {}, b"busy"))
     done = serve(script, "--timeout", 0.2)
     assert done.code == 0 and len(done.rows) == 1 and len(done.requests) == 3, done.error
@@ -238,7 +240,7 @@ def test_a_server_that_never_answers_ends_the_run(serve, monkeypatch):
     monkeypatch.setattr(data, "ATTEMPTS", 2)
     done = serve(lambda *_: (500, {}, b"down"), "--workers", 1, n=50)
     assert done.code == 2 and "no answers: HTTP 500: down" in done.error
-    assert len(done.requests) == 2 * data.HOPELESS + done.error.count("x")
+    assert len(done.failures) == data.HOPELESS and len(done.requests) < 60
 
 
 def test_retry_after_in_seconds_milliseconds_and_as_a_date():
@@ -283,12 +285,10 @@ def test_a_dripping_server_holds_no_worker(serve, drip):
     def script(question, handler, count):
         if question != "q0":
             return said()
-        with pytest.raises(OSError):                # until the client hangs up
-            handler.connection.sendall(drip)
-            for _ in range(200):
-                time.sleep(0.03)
-                handler.connection.sendall(b" ")
-        return None
+        handler.connection.sendall(drip)
+        for _ in range(200):                        # until the client hangs up
+            time.sleep(0.03)
+            handler.connection.sendall(b" ")
     start = time.monotonic()
     done = serve(script, "--deadline", 0.5, "--timeout", 0.4, "--workers", 1, n=3)
     assert 0.4 < time.monotonic() - start < 2
@@ -326,8 +326,9 @@ def test_the_key_is_shown_nowhere(serve, monkeypatch):
 @pytest.mark.parametrize("flags, complaint", [
     ("--base-url http://example.com/v1", "unencrypted"), ("--base-url ftp://localhost", "form"),
     ("--base-url https://user:pass@example.com", "form"), ("--base-url localhost:8000", "form"),
-    ("--base-url https://example.com/v1?key=1", "form"), ("--base-url http://localhost:99999", "port"),
-    ("--base-url http://127.0.0.1.example.com", "unencrypted"), ("--questions none", "No such file"),
+    ("--base-url https://example.com/v1?key=1", "form"),
+    ("--base-url http://localhost:99999", "form"), ("--questions none", "No such file"),
+    ("--base-url http://127.0.0.1.example.com", "unencrypted"),
     ("--body [1]", "--body"), ("--body {", "no JSON"), ('--body {"n":2}', "--body"),
     ("--workers 0", "less than 1"), ("--max-usd 1", "--usd-in"), ("--deadline x", "invalid"),
     ("--out q.jsonl", "no row of a teacher"), ("--out none/none", "No such file")])
@@ -352,10 +353,10 @@ def test_a_key_that_is_no_header_is_not_shown(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("usage", [USAGE, None, {"prompt_tokens": -9, "completion_tokens": 1}])
 def test_no_more_dollars_than_allowed(serve, usage):
-    """100 in and 400 out are 0.9 dollars; at worst it is some 300 in and 400 out: 1.1."""
-    flags = ("--usd-in", 1000, "--usd-out", 2000, "--max-usd", 5, "--max-tokens", 400)
+    """100 in and 400 out are 0.90 dollars; at worst it is 184 in and 400 out: 0.98."""
+    flags = ("--usd-in", 1000, "--usd-out", 2000, "--max-usd", 4.85, "--max-tokens", 400)
     done = serve(lambda *_: said(usage=usage), *flags, "--workers", 3, n=20)
-    assert done.code == 1 and "stopped before $5 is passed" in done.printed
+    assert done.code == 1 and "stopped before $4.85 is passed" in done.printed
     assert len(done.requests) == len(done.rows) == (5 if usage is USAGE else 4)
     assert ("$4.50 so far, $18.00 expected" in done.error) is (usage is USAGE)
 
@@ -363,7 +364,7 @@ def test_no_more_dollars_than_allowed(serve, usage):
 def test_dollars_of_lost_replies_and_earlier_runs_count(serve, monkeypatch):
     flags = ("--usd-in", 1000, "--usd-out", 2000, "--max-usd", 3, "--max-tokens", 400)
     done = serve(lambda *_: None, *flags, "--workers", 1, n=20)
-    assert len(done.requests) == 2                  # each may have cost 1.1
+    assert len(done.requests) == 3                  # each may have cost 0.98
     lines = serve(lambda *_: said(), n=3).rows
     done = serve(lambda *_: said(), *flags, n=20)   # 2.7 dollars are in the file
     assert not done.requests and len(done.rows) == len(lines) == 3
