@@ -1006,15 +1006,15 @@ def open_traces(path):
 
     A last line that a kill has torn is cut off. BadInput where the file is another's, or in use.
     """
-    file, done, end = open(path, "a+b"), {}, 0
+    file, done, end = open(path, "ab"), {}, 0
     with contextlib.suppress(ImportError):      # Windows has no such lock, and goes without
         import fcntl
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BadInput(f"{path}: another run is writing to it") from None
-    file.seek(0)
-    for number, line in enumerate(file, 1):
+    lines = open(path, "rb")                    # a file both read and appended to can go wrong
+    for number, line in enumerate(lines, 1):
         whole, ours = line.endswith(b"\n"), b'{"question": '
         try:
             teacher = json.loads(line)["teacher"]
@@ -1027,6 +1027,7 @@ def open_traces(path):
                 raise BadInput(f"{path}, line {number}: no row of a teacher; choose another "
                                "file to write to") from None
             file.truncate(end)
+    lines.close()
     return file, done
 
 
@@ -1054,7 +1055,7 @@ def teacher_url(base, plain=False):
     """The parts of the chat endpoint's address under a base URL; BadInput where it is none that the
     key may be sent to. `plain` allows http to a host that is not this machine."""
     base = base.rstrip("/").removesuffix("/chat/completions")
-    if not re.fullmatch(r"https?://[\w.-]+(:\d{1,4}|:[1-5]\d{4})?(/[\w.~%:/+-]*)?", base, re.ASCII):
+    if not re.fullmatch(r"https?://[\w.-]+(:[1-5]?\d{1,4})?(/[\w.~%:/+-]*)?", base, re.ASCII):
         raise BadInput("--base-url: not of the form https://host/path, without user and query")
     url = urllib.parse.urlsplit(base + "/chat/completions")
     try:

@@ -384,13 +384,14 @@ def test_gemini_thoughts_are_in_the_total_alone():
 def test_a_torn_line_is_cut_off_and_only_that(tmp_path):
     path = tmp_path / "t.jsonl"
     whole = json.dumps({"question": "q", "teacher": {"key": "k"}}).encode()
+    head = (whole + b"\n") * 3
     for tail, left in ((b"", b""), (whole[:30], b""), (whole[:5], b""), (whole, whole + b"\n")):
-        path.write_bytes(whole + b"\n" + tail)
+        path.write_bytes(head + tail)
         file, done = data.open_traces(path)
         data.write_row(file, {"question": "next"})
         assert list(done) == ["k"]
         file.close()
-        assert path.read_bytes() == whole + b"\n" + left + b'{"question": "next"}\n'
+        assert path.read_bytes() == head + left + b'{"question": "next"}\n'
     for others in (b'[{"question": 5}]', b"hello", b'{"question": "q"}\n', whole[:30] + b"\n"):
         path.write_bytes(others)
         with pytest.raises(BadInput, match="line 1: no row of a teacher"):
