@@ -980,7 +980,7 @@ KEYS = ("TEACHER_API_KEY", "OPENAI_API_KEY")    # environment variables, the fir
 BACKOFF = 1.0               # seconds before the second try, about; doubled for each further one
 ATTEMPTS = 8                # tries of a question; a 429 only means: later, so it counts for none
 HOPELESS = 10               # so many failures before the first answer end the run
-LARGEST = 16 << 20          # bytes of a reply
+LARGEST_REPLY = 16 << 20          # bytes of a reply
 
 
 def row_key(*asked):
@@ -1086,7 +1086,7 @@ def post(url, body, secret, timeout, deadline):
     try:
         connection.request("POST", url.path, json.dumps(body), headers)
         reply = connection.getresponse()
-        text = reply.read(LARGEST + 1)
+        text = reply.read(LARGEST_REPLY + 1)
         if time.monotonic() >= deadline:        # what is hung up may look like a short reply
             raise TimeoutError("the time for this question is over")
         return reply.status, reply.headers, text
@@ -1106,8 +1106,8 @@ def read_reply(status, headers, text):
         reply = json.loads(text)
     except (ValueError, RecursionError):
         reply = text.decode(errors="replace")
-    if len(text) > LARGEST:
-        raise Failure(f"a reply of more than {LARGEST} bytes", again=False, paid=True)
+    if len(text) > LARGEST_REPLY:
+        raise Failure(f"a reply of more than {LARGEST_REPLY} bytes", again=False, paid=True)
     if status == 200:
         with contextlib.suppress(LookupError, TypeError):
             if isinstance(reply["choices"][0]["message"], dict):

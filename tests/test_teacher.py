@@ -297,7 +297,7 @@ def test_a_dripping_server_holds_no_worker(serve, drip):
 
 
 def test_replies_are_bounded(serve, monkeypatch):
-    monkeypatch.setattr(data, "LARGEST", 1000)
+    monkeypatch.setattr(data, "LARGEST_REPLY", 1000)
     done = serve(lambda question, *_: said("a" * (2000 if question == "q0" else 9)), n=2)
     assert done.code == 1 and [row["question"] for row in done.rows] == ["q1"]
     assert "more than 1000 bytes" in done.failures[0]["error"] and len(done.requests) == 2
