@@ -1070,7 +1070,7 @@ KEYS = ("TEACHER_API_KEY", "OPENAI_API_KEY")    # environment variables, the fir
 BACKOFF = 1.0               # seconds before the second try, about; doubled for each further one
 ATTEMPTS = 8                # tries of a question; a 429 only means: later, so it counts for none
 HOPELESS = 10               # so many failures before the first answer end the run
-REPLY_BYTES = 16 << 20          # bytes of a reply
+LARGEST_REPLY = 16 << 20    # bytes of a reply
 
 
 def row_key(*asked):
@@ -1096,31 +1096,28 @@ def open_traces(path):
 
     A last line that a kill has torn is cut off. BadInput where the file is another's, or in use.
     """
-    file, done, end = open(path, "a+b"), {}, 0
+    file, done, end = open(path, "ab"), {}, 0
     with contextlib.suppress(ImportError):      # Windows has no such lock, and goes without
         import fcntl
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BadInput(f"{path}: another run is writing to it") from None
-    file.seek(0)
-    for number, line in enumerate(file, 1):
+    lines = open(path, "rb")                    # a file both read and appended to can go wrong
+    for number, line in enumerate(lines, 1):
         whole, ours = line.endswith(b"\n"), b'{"question": '
         try:
-            row = json.loads(line)
-        except ValueError:
-            row = None
-            if not whole and line.startswith(ours[:len(line)]):     # torn
-                file.truncate(end)
-                break
-        teacher = row.get("teacher") if isinstance(row, dict) else None
-        if not isinstance(teacher, dict) or "key" not in teacher:
-            raise BadInput(f"{path}, line {number}: no row of a teacher; choose another file to "
-                           "write to")
-        done[teacher["key"]] = teacher
-        end += len(line)
-        if not whole:
-            file.write(b"\n")
+            teacher = json.loads(line)["teacher"]
+            done[teacher["key"]] = teacher
+            end += len(line)
+            file.write(b"" if whole else b"\n")
+        except (ValueError, KeyError, TypeError) as error:
+            torn = isinstance(error, ValueError) and not whole
+            if not torn or line[:len(ours)] != ours[:len(line)]:
+                raise BadInput(f"{path}, line {number}: no row of a teacher; choose another "
+                               "file to write to") from None
+            file.truncate(end)
+    lines.close()
     return file, done
 
 
@@ -1170,13 +1167,9 @@ def post(url, body, secret, timeout, deadline):
     kind = http.client.HTTPSConnection if url.scheme == "https" else http.client.HTTPConnection
     left = max(0.001, deadline - time.monotonic())
     connection = kind(url.hostname, url.port, timeout=min(timeout, left))
-
-    held = []                                   # the socket, which a reply takes from a connection
-
-    def hang_up():
-        with contextlib.suppress(Exception):    # it may not be connected, or be gone
-            (held[0] if held else connection.sock).shutdown(socket.SHUT_RDWR)
-    guard = threading.Timer(left, hang_up)      # each byte that drips in starts `timeout` anew
+    connection.connect()
+    # Each byte that drips in starts `timeout` anew; this does not wait for the last of them.
+    guard = threading.Timer(deadline - time.monotonic(), hang_up, [connection.sock])
     guard.daemon = True
     guard.start()
     headers = {"Content-Type": "application/json", "User-Agent": "s1-teacher"}
@@ -1184,17 +1177,21 @@ def post(url, body, secret, timeout, deadline):
         headers["Authorization"] = f"Bearer {secret}"
     try:
         connection.request("POST", url.path, json.dumps(body), headers)
-        held.append(connection.sock)
         reply = connection.getresponse()
-        text = reply.read(REPLY_BYTES + 1)
-        if reply.length and len(text) <= REPLY_BYTES:       # of a limited read this is not said
+        text = reply.read(LARGEST_REPLY + 1)
+        if reply.length and len(text) <= LARGEST_REPLY:     # of a limited read this is not said
             raise http.client.IncompleteRead(text, reply.length)
-        if time.monotonic() > deadline:         # hung up, which looks like the reply's end
-            raise TimeoutError("the deadline is over")
+        if time.monotonic() >= deadline:        # what is hung up may look like a short reply
+            raise TimeoutError("the time for this question is over")
         return reply.status, reply.headers, text
     finally:
         guard.cancel()
         connection.close()
+
+
+def hang_up(line):
+    with contextlib.suppress(OSError):          # it may be closed just now
+        line.shutdown(socket.SHUT_RDWR)
 
 
 def read_reply(status, headers, text):
@@ -1203,8 +1200,8 @@ def read_reply(status, headers, text):
         reply = json.loads(text)
     except (ValueError, RecursionError):
         reply = text.decode(errors="replace")
-    if len(text) > REPLY_BYTES:
-        raise Failure(f"a reply of more than {REPLY_BYTES} bytes", again=False, paid=True)
+    if len(text) > LARGEST_REPLY:
+        raise Failure(f"a reply of more than {LARGEST_REPLY} bytes", again=False, paid=True)
     if status == 200:
         with contextlib.suppress(LookupError, TypeError):
             if isinstance(reply["choices"][0]["message"], dict):

@@ -139,9 +139,9 @@ def test_a_row_holds_what_came_and_can_be_trained_on(serve):
 
 def test_a_wrong_answer_and_none_to_compare_with(serve):
     assert serve(lambda *_: said(), answer="6").rows[0]["correct"] is False
-    rows = serve(lambda *_: said(), "--n", 1, "--samples", 2, answer=None).rows[-2:]
-    assert sorted(row["teacher"]["sample"] for row in rows) == [0, 1]
-    assert not any("correct" in row or "gtruth_answer" in row for row in rows)
+    rows = serve(lambda *_: said(), "--n", 1, "--samples", 2, n=3, answer=None).rows[1:]
+    assert [sorted(row) for row in rows] == [["answer", "question", "teacher", "thinking"]] * 2
+    assert {row["teacher"]["sample"] for row in rows} == {0, 1}
 
 
 def test_what_is_cut_is_kept_flagged_and_not_trained_on(serve, capsys):
@@ -191,7 +191,8 @@ def test_tried_again(serve, bad):
         return {"drop": None, "no JSON": (200, {}, b"<html>busy"),
                 "no choices": {"error": {"code": 429, "message": "busy"}},
                 "empty choices": {"choices": []},
-                "torn": (200, {"Content-Length": "9999", "Connection": "close"}, said())
+                "torn": (200, {"Content-Length": "9999", "Connection": "close"},
+                         json.dumps(said()).encode()[:-1])
                 }.get(bad, (bad, {}, b"busy"))
     done = serve(script, "--timeout", 0.2)
     assert done.code == 0 and len(done.rows) == 1 and len(done.requests) == 3, done.error
@@ -239,8 +240,7 @@ def test_a_server_that_never_answers_ends_the_run(serve, monkeypatch):
     monkeypatch.setattr(data, "ATTEMPTS", 2)
     done = serve(lambda *_: (500, {}, b"down"), "--workers", 1, n=50)
     assert done.code == 2 and "no answers: HTTP 500: down" in done.error
-    assert {row["tries"] for row in done.failures} == {2} and len(done.failures) == data.HOPELESS
-    assert len(done.requests) < 3 * data.HOPELESS       # and some that waited for their second try
+    assert len(done.failures) == data.HOPELESS and len(done.requests) < 60
 
 
 def test_retry_after_in_seconds_milliseconds_and_as_a_date():
@@ -285,12 +285,10 @@ def test_a_dripping_server_holds_no_worker(serve, drip):
     def script(question, handler, count):
         if question != "q0":
             return said()
-        with pytest.raises(OSError):                # until the client hangs up
-            handler.connection.sendall(drip)
-            for _ in range(200):
-                time.sleep(0.03)
-                handler.connection.sendall(b" ")
-        return None
+        handler.connection.sendall(drip)
+        for _ in range(200):                        # until the client hangs up
+            time.sleep(0.03)
+            handler.connection.sendall(b" ")
     start = time.monotonic()
     done = serve(script, "--deadline", 0.5, "--timeout", 0.4, "--workers", 1, n=3)
     assert 0.4 < time.monotonic() - start < 2
@@ -299,7 +297,7 @@ def test_a_dripping_server_holds_no_worker(serve, drip):
 
 
 def test_replies_are_bounded(serve, monkeypatch):
-    monkeypatch.setattr(data, "REPLY_BYTES", 1000)
+    monkeypatch.setattr(data, "LARGEST_REPLY", 1000)
     done = serve(lambda question, *_: said("a" * (2000 if question == "q0" else 9)), n=2)
     assert done.code == 1 and [row["question"] for row in done.rows] == ["q1"]
     assert "more than 1000 bytes" in done.failures[0]["error"] and len(done.requests) == 2
@@ -328,8 +326,9 @@ def test_the_key_is_shown_nowhere(serve, monkeypatch):
 @pytest.mark.parametrize("flags, complaint", [
     ("--base-url http://example.com/v1", "unencrypted"), ("--base-url ftp://localhost", "form"),
     ("--base-url https://user:pass@example.com", "form"), ("--base-url localhost:8000", "form"),
-    ("--base-url https://example.com/v1?key=1", "form"), ("--base-url http://localhost:99999", "port"),
-    ("--base-url http://127.0.0.1.example.com", "unencrypted"), ("--questions none", "No such file"),
+    ("--base-url https://example.com/v1?key=1", "form"),
+    ("--base-url http://localhost:99999", "port"), ("--questions none", "No such file"),
+    ("--base-url http://127.0.0.1.example.com", "unencrypted"),
     ("--body [1]", "--body"), ("--body {", "no JSON"), ('--body {"n":2}', "--body"),
     ("--workers 0", "less than 1"), ("--max-usd 1", "--usd-in"), ("--deadline x", "invalid"),
     ("--out q.jsonl", "no row of a teacher"), ("--out none/none", "No such file")])
@@ -354,10 +353,10 @@ def test_a_key_that_is_no_header_is_not_shown(run, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("usage", [USAGE, None, {"prompt_tokens": -9, "completion_tokens": 1}])
 def test_no_more_dollars_than_allowed(serve, usage):
-    """100 in and 400 out are 0.9 dollars; at worst it is some 190 in and 400 out: 0.99."""
-    flags = ("--usd-in", 1000, "--usd-out", 2000, "--max-usd", 4.9, "--max-tokens", 400)
+    """100 in and 400 out are 0.90 dollars; at worst it is 184 in and 400 out: 0.98."""
+    flags = ("--usd-in", 1000, "--usd-out", 2000, "--max-usd", 4.85, "--max-tokens", 400)
     done = serve(lambda *_: said(usage=usage), *flags, "--workers", 3, n=20)
-    assert done.code == 1 and "stopped before $4.9 is passed" in done.printed
+    assert done.code == 1 and "stopped before $4.85 is passed" in done.printed
     assert len(done.requests) == len(done.rows) == (5 if usage is USAGE else 4)
     assert ("$4.50 so far, $18.00 expected" in done.error) is (usage is USAGE)
 
@@ -385,13 +384,14 @@ def test_gemini_thoughts_are_in_the_total_alone():
 def test_a_torn_line_is_cut_off_and_only_that(tmp_path):
     path = tmp_path / "t.jsonl"
     whole = json.dumps({"question": "q", "teacher": {"key": "k"}}).encode()
+    head = (whole + b"\n") * 3
     for tail, left in ((b"", b""), (whole[:30], b""), (whole[:5], b""), (whole, whole + b"\n")):
-        path.write_bytes(whole + b"\n" + tail)
+        path.write_bytes(head + tail)
         file, done = data.open_traces(path)
         data.write_row(file, {"question": "next"})
         assert list(done) == ["k"]
         file.close()
-        assert path.read_bytes() == whole + b"\n" + left + b'{"question": "next"}\n'
+        assert path.read_bytes() == head + left + b'{"question": "next"}\n'
     for others in (b'[{"question": 5}]', b"hello", b'{"question": "q"}\n', whole[:30] + b"\n"):
         path.write_bytes(others)
         with pytest.raises(BadInput, match="line 1: no row of a teacher"):
@@ -410,11 +410,11 @@ def test_ctrl_c_keeps_what_came(serve):
     def script(question, handler, count):
         if count > 5:
             os.kill(os.getpid(), signal.SIGINT)
-            time.sleep(1)
+            time.sleep(6)
         return said()
     start = time.monotonic()
     done = serve(script, "--workers", 2, n=50)
-    assert done.code == 130 and time.monotonic() - start < 0.9
+    assert done.code == 130 and time.monotonic() - start < 5   # not the 6
     assert 4 <= len(done.rows) <= 6 and "interrupted" in done.error
 
 
