@@ -1697,6 +1697,23 @@ def load_examples(data, chat, n=None, seed=0, give_up=GIVE_UP, ask=(), **how):
     return [chat.example(*trace) for trace in traces[:n]]
 
 
+def show_some(args):
+    chat = Chat(local(args.model), args.chat, args.thinking)
+    colour = args.colour == "always" or args.colour == "auto" and sys.stdout.isatty()
+    for example in load_examples(args.data, chat, args.n, args.seed, teacher=args.teacher,
+                                 verbose=args.verbose):
+        print(show(chat, *example, colour))
+
+
+def print_countdown(args):
+    rows = countdown_pool(args.n, args.seed) if args.pool else (
+        countdown_traces(args.n, args.seed, args.give_up, len(args.ask)))
+    if args.ask:
+        rows = ask_for_lengths(rows, Chat(local(args.model), args.chat, args.thinking), args.ask)
+    for row in rows:
+        print(json.dumps(row if args.pool else dict(zip(("question", "thinking", "answer"), row))))
+
+
 def show(chat, ids, first, colour):
     """One example as the model sees it; supervised tokens green, or in [ and ] without colour."""
     given, supervised = (escape(chat.decode(part)) for part in (ids[:first], ids[first:]))
@@ -1708,8 +1725,10 @@ def escape(text):
     return "".join(c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
-def stats(rows, chat, column, limit, teacher="deepseek"):
+def stats(args):
     """Print what a file of traces holds: lengths, verdicts, domains."""
+    rows, limit = usable_rows(args.data, args.teacher, args.verbose), args.tokens_per_batch
+    chat = Chat(local(args.model), args.chat, args.thinking)
     lengths = sorted(len(chat.example(*trace)[0]) for _, trace in rows)
     print(f"{len(rows):,} traces, {sum(lengths):,} tokens as training examples: "
           f"median {lengths[len(lengths) // 2]:,}, longest {lengths[-1]:,}")
@@ -1718,15 +1737,15 @@ def stats(rows, chat, column, limit, teacher="deepseek"):
         if count := sum(low < length <= high for length in lengths):
             print(f"  up to {high:7,} {count:7,} {'█' * math.ceil(50 * count / len(rows))}")
     print(f"{sum(length > limit for length in lengths):,} longer than {limit:,}: would be dropped")
-    verdicts = Counter(right(*pair, teacher) for pair in rows)
+    verdicts = Counter(right(*pair, args.teacher) for pair in rows)
     known = verdicts[True] + verdicts[False]
     share = f" ({100 * verdicts[True] / known:.1f}%)" if known else ""
     print(f"{verdicts[True]:,} right{share}, {verdicts[False]:,} wrong, {verdicts[None]:,} unknown")
-    for name, count in Counter(domain_of(row, column) for row, _ in rows).most_common(20):
+    for name, count in Counter(domain_of(row, args.domain) for row, _ in rows).most_common(20):
         print(f"  {count:7,} {escape(name)}")
 
 
-def make_tokenizer(directory):
+def make_tokenizer(args):
     """Write the tiny base's tokenizer: Qwen's special tokens and byte-level BPE, but each number up
     to 999 is one token, and the merges are learnt from the task's words. It can encode any text."""
     isolate = tokenizers.pre_tokenizers.Split(tokenizers.Regex(
@@ -1750,11 +1769,11 @@ def make_tokenizer(directory):
         ignore_merges=True))
     made.pre_tokenizer, made.decoder = learner.pre_tokenizer, tokenizers.decoders.ByteLevel()
     made.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    made.save(str(Path(directory) / "tokenizer.json"))
-    (Path(directory) / "tokenizer_config.json").write_text(json.dumps(
+    made.save(str(Path(args.directory) / "tokenizer.json"))
+    (Path(args.directory) / "tokenizer_config.json").write_text(json.dumps(
         {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
          "pad_token": "<|endoftext|>", "model_max_length": 32768}, indent=2) + "\n")
-    return made.get_vocab_size()
+    print(f"{made.get_vocab_size()} tokens")
 
 
 def select_flags(add):
@@ -1773,78 +1792,63 @@ def select_flags(add):
     add("--overwrite", action="store_true", help="replace the file")
 
 
-def main():
+def arguments():
     parser = Parser(description=__doc__.split("\n")[0])
-    commands = parser.add_subparsers(dest="command", required=True)
+    commands = parser.add_subparsers(required=True)
 
-    shows = commands.add_parser("show", help="print training examples as the model sees them")
+    def command(name, run, **said):
+        made = commands.add_parser(name, **said)
+        made.set_defaults(run=run)
+        return made
+
+    shows = command("show", show_some, help="print training examples as the model sees them")
     shows.add_argument("data", nargs="?", default="countdown",
                        help="countdown, pieces or a file of traces")
-    model_flags(shows.add_argument, default="assets/countdown-base")
     shows.add_argument("--n", type=at_least(1), default=1, help="how many examples")
     shows.add_argument("--seed", type=int, default=0)
     shows.add_argument("--colour", choices=("auto", "always", "never"), default="auto")
-
-    writes = commands.add_parser("countdown", help="print traces of the Countdown teacher, JSONL")
+    counts = command("stats", stats, help="lengths, right answers and domains of traces")
+    counts.add_argument("data", help="file of traces, or a hub dataset's id")
+    counts.add_argument("--tokens-per-batch", type=at_least(1), default=8192,
+                        help="longer examples would be dropped")
+    writes = command("countdown", print_countdown, help="print traces of Countdown's teacher")
     writes.add_argument("--n", type=at_least(1), default=1000, help="how many traces")
     writes.add_argument("--seed", type=int, default=0)
     writes.add_argument("--give-up", type=at_least(0, float, 1), default=GIVE_UP,
                         help="how likely the teacher gives up when tired")
-    writes.add_argument("--ask", nargs="+", choices=KINDS, default=[],
-                        help="write the length of the thinking into the question")
-    writes.add_argument("--pool", action="store_true", help="rows to choose from: the numbers in "
-                        "every order, with reference and domain")
-    model_flags(writes.add_argument, default="assets/countdown-base")
-
-    asks = commands.add_parser("teacher", help="ask a chat endpoint for traces; its key is taken "
-                               f"from the environment ({', else '.join(KEYS)})")
+    kind = writes.add_mutually_exclusive_group()
+    kind.add_argument("--ask", nargs="+", choices=KINDS, default=[],
+                      help="write the length of the thinking into the question")
+    kind.add_argument("--pool", action="store_true", help="rows to choose from: the numbers in "
+                      "every order, with reference and domain")
+    asks = command("teacher", ask_teacher, help="ask a chat endpoint for traces; its key is taken "
+                   f"from the environment ({', else '.join(KEYS)})")
     teacher_flags(asks.add_argument)
-
-    counts = commands.add_parser("stats", help="lengths, right answers and domains of traces")
-    counts.add_argument("data", help="file of traces, or a hub dataset's id")
-    model_flags(counts.add_argument, default="assets/countdown-base")
-    counts.add_argument("--tokens-per-batch", type=at_least(1), default=8192,
-                        help="longer examples would be dropped")
-    picks = commands.add_parser("select", help="choose the traces to train on, as s1 did")
+    picks = command("select", select, help="choose the traces to train on, as s1 did")
     select_flags(picks.add_argument)
-    for command in (shows, counts, picks):
-        command.add_argument("--teacher", choices=("deepseek", "gemini"), default="deepseek",
-                             help="whose traces, where rows have those of both (s1K-1.1)")
-        command.add_argument("--verbose", action="store_true", help="name the rows not used")
-    for command in (counts, picks):
-        command.add_argument("--domain", help=f"column (default: first of {', '.join(DOMAIN)})")
-
-    makes = commands.add_parser("tokenizer", help="make the tiny base's tokenizer")
+    makes = command("tokenizer", make_tokenizer, help="make the tiny base's tokenizer")
     makes.add_argument("directory", help="where tokenizer.json goes")
 
-    args = parser.parse_args()
+    for some in (shows, counts, writes):
+        model_flags(some.add_argument, default="assets/countdown-base")
+    for some in (shows, counts, picks):
+        trace_flags(some.add_argument)
+        some.add_argument("--verbose", action="store_true", help="name the rows not used")
+    for some in (counts, picks):
+        some.add_argument("--domain", help=f"column (default: first of {', '.join(DOMAIN)})")
+    return parser.parse_args()
+
+
+def trace_flags(add):
+    add("--teacher", choices=("deepseek", "gemini"), default="deepseek",
+        help="whose traces, where rows have those of both (s1K-1.1)")
+
+
+def main():
+    args = arguments()
     with complaints():
-        if args.command == "show":
-            chat = Chat(local(args.model), args.chat, args.thinking)
-            colour = args.colour == "always" or args.colour == "auto" and sys.stdout.isatty()
-            for example in load_examples(args.data, chat, args.n, args.seed, teacher=args.teacher,
-                                         verbose=args.verbose):
-                print(show(chat, *example, colour))
-        elif args.command == "stats":
-            stats(usable_rows(args.data, args.teacher, args.verbose),
-                  Chat(local(args.model), args.chat, args.thinking), args.domain,
-                  args.tokens_per_batch, args.teacher)
-        elif args.command == "select":
-            select(args)
-        elif args.command == "countdown" and args.pool:
-            for row in countdown_pool(args.n, args.seed):
-                print(json.dumps(row))
-        elif args.command == "countdown":
-            traces = countdown_traces(args.n, args.seed, args.give_up, len(args.ask))
-            if args.ask:
-                chat = Chat(local(args.model), args.chat, args.thinking)
-                traces = ask_for_lengths(traces, chat, args.ask)
-            for trace in traces:
-                print(json.dumps(dict(zip(("question", "thinking", "answer"), trace))))
-        elif args.command == "teacher":
-            sys.exit(ask_teacher(args))
-        else:
-            print(f"{make_tokenizer(args.directory)} tokens")
+        if code := args.run(args):
+            sys.exit(code)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 from data import (GIVE_UP, KINDS, BadInput, Chat, Parser, at_least, complaints, epoch_batches,
-                  load_examples, local, model_flags, pack)
+                  load_examples, local, model_flags, pack, trace_flags)
 from model import BadModel, Config, Transformer, put, whole
 
 
@@ -55,6 +55,7 @@ def arguments():
         help="how likely Countdown's teacher gives up when tired")
     add("--ask", nargs="+", choices=KINDS, default=[],
         help="write the length of the thinking into the question, in one of these ways each")
+    trace_flags(add)
     add("--out", default="out/student", help="directory to write the result to")
     add("--overwrite", action="store_true", help="replace the run in --out")
     add("--save-every", type=at_least(1), help="steps between checkpoints in OUT.steps")
@@ -325,7 +326,8 @@ def train(args):
     # The examples: (ids, index of the first supervised token). An over-long one is dropped, never
     # cut: a trace without its end teaches to think without end (s1, section 4.1).
     chat = Chat(source, args.chat, args.thinking)
-    examples = load_examples(args.data, chat, args.n, args.seed, args.give_up, args.ask)
+    examples = load_examples(args.data, chat, args.n, args.seed, args.give_up, args.ask,
+                             teacher=args.teacher)
     config = Config.load(source)
     longest = min(args.tokens_per_batch, config.max_position_embeddings)
     kept = [example for example in examples if len(example[0]) <= longest]
