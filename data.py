@@ -288,6 +288,7 @@ QUESTION = ("question", "problem", "Question")
 THINKING = ("thinking", "message_thinking", "thinking_trajectories",
             "{teacher}_thinking_trajectory")
 ANSWER = ("attempt", "{teacher}_attempt", "answer", "message_content")
+TEACHERS = ("deepseek", "gemini")
 REFERENCE = ("gtruth_answer", "answer", "Correct Answer", "solution")
 ROWS = (".jsonl", ".json", ".parquet")          # how files of rows end
 
@@ -1593,8 +1594,16 @@ def choose(rows, method, n, seed, column=None, sources=(), seed_length=0, teache
         chosen = ways[method]
     stage = "diversity" if method == "s1k" else method
     taken += [(row, trace, stage) for row, trace in chosen]
-    return [{**row, **dict(zip(("question", "thinking", "answer"), trace)), "stage": stage}
-            for row, trace, stage in taken]
+    return [our_row(*one, teacher) for one in taken]
+
+
+def our_row(row, trace, stage, teacher):
+    """A chosen row under our own names, without the names of other traces that it may hold."""
+    others = {name.format(teacher=each) for name in THINKING + ANSWER for each in TEACHERS}
+    kept = {name: value for name, value in row.items() if name not in others}
+    verdict = right(row, trace, teacher)
+    return (kept | dict(zip(("question", "thinking", "answer"), trace)) | {"stage": stage}
+            | ({} if verdict is None else {"correct": verdict}))
 
 
 def select(args):
@@ -1840,7 +1849,7 @@ def arguments():
 
 
 def trace_flags(add):
-    add("--teacher", choices=("deepseek", "gemini"), default="deepseek",
+    add("--teacher", choices=TEACHERS, default=TEACHERS[0],
         help="whose traces, where rows have those of both (s1K-1.1)")
 
 

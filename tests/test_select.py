@@ -176,6 +176,18 @@ def test_the_seed_is_right_and_long_and_from_the_named_sources():
     assert len(chosen) == 2 and chosen[1]["question"] != "a" and chosen[1]["stage"] == "diversity"
 
 
+def test_a_chosen_row_holds_one_trace():
+    """Read again, under whatever teacher, it is the trace that was chosen, with its verdict."""
+    row = {"question": "q", "gemini_thinking_trajectory": "g", "gemini_attempt": "ga",
+           "deepseek_thinking_trajectory": "d", "deepseek_attempt": "da", "gemini_grade": "No",
+           "deepseek_grade": "Yes", "cot_type": "math"}
+    chosen, = choose([(row, trace_of(row, "gemini"))], "full", 1, 0, teacher="gemini")
+    for teacher in data.TEACHERS:
+        assert trace_of(chosen, teacher) == ("q", "g", "ga")
+        assert data.right(chosen, trace_of(chosen, teacher), teacher) is False
+    assert chosen["cot_type"] == "math" and chosen["stage"] == "full"
+
+
 def test_domains_that_run_out_are_left(tmp_path):
     rows = pairs(a_row("a", domain="x"), *(a_row(f"b{i}", domain="y") for i in range(5)))
     assert len(choose(rows, "s1k", 6, 0)) == 6 and len(choose(rows, "diverse", 9, 0)) == 6
