@@ -422,6 +422,7 @@ def test_ctrl_c_keeps_what_came(serve):
         if count > 5:
             time.sleep(6)
         return said()
+    signal.signal(signal.SIGINT, signal.default_int_handler)    # train.py may have left its own
     start = time.monotonic()
     done = serve(script, "--workers", 2, n=50)
     assert done.code == 130 and time.monotonic() - start < 5   # not the 6
