@@ -231,7 +231,7 @@ def test_a_redirect_takes_the_key_nowhere(serve):
     threading.Thread(target=other.serve_forever, daemon=True).start()
     for status in (301, 302, 303, 307, 308):
         done = serve(lambda *_: (status, {"Location": f"http://127.0.0.1:{other.server_port}/"},
-                                 b""))
+                                 said()))
         assert done.code == 2 and "redirect" in done.error and not done.rows
     other.shutdown()
     assert not elsewhere
