@@ -1,4 +1,4 @@
-"""Asking a teacher: a server on loopback that answers in every way there is, and both are killed."""
+"""Asking a teacher: a server on loopback that answers in every way there is; both are killed."""
 import email.message
 import email.utils
 import itertools
@@ -32,7 +32,7 @@ def said(content="<think>t</think>Answer: 5", finish="stop", usage=USAGE, **mess
 
 
 class Handler(BaseHTTPRequestHandler):
-    """Answers with what `script(question, handler)` gives: an object, or (status, headers, body)."""
+    """Answers with what `script(question, handler)` gives: object or (status, headers, body)."""
     wbufsize = -1                                   # a reply is one packet
 
     def do_POST(self):
@@ -62,8 +62,8 @@ class Server(ThreadingHTTPServer):
 
 @pytest.fixture
 def serve(monkeypatch, tmp_path, run):
-    """serve(script, *flags): ask q.jsonl's questions of a server in a thread; (code, printed, error,
-    rows, requests), a request being (seconds, question, headers, body)."""
+    """serve(script, *flags): ask q.jsonl's questions of a server in a thread; its code, printed,
+    error, rows, failures and requests, each (seconds, question, headers, body)."""
     monkeypatch.setattr(data, "BACKOFF", 0.01)
     monkeypatch.setenv("TEACHER_API_KEY", SECRET)
     servers = []
