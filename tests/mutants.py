@@ -119,7 +119,7 @@ MUTANTS = [
     ('http to anywhere', 'data.py', TEACHER,
      'if url.scheme == "http" and not loopback and not plain:', 'if False:'),
     ('seven words are contamination', 'data.py', SELECT,
-     'for i in range(len(said) - words + 1)}', 'for i in range(len(said) - words + 2)}'),
+     'hash(tuple(said[i:i + words]))', 'hash(tuple(said[i:i + words - 1]))'),
     ('accepted questions do not join', 'data.py', SELECT,
      '        seen_runs.update(runs)\n', ''),
     ('accepted questions count as benchmarks', 'data.py', SELECT,
