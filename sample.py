@@ -166,9 +166,9 @@ class Sampler:
         samples of a prompt come one behind the other: the first reads it, the others copy it."""
         new.sort(key=lambda row: row.sample > 0)                    # the readers stand side by side
         readers, logits = [row for row in new if row.sample == 0], []
-        width = max((len(row.prompt) for row in readers), default=1)
-        for start in range(0, len(readers), n := max(1, 2**14 // width)):
-            logits += self.read(len(rows) + start, readers[start:start + n], width)
+        longest = max((len(row.prompt) for row in readers), default=1)
+        for start in range(0, len(readers), n := max(1, 2**14 // longest)):
+            logits += self.read(len(rows) + start, readers[start:start + n])
         for slot, row in enumerate(new, len(rows)):
             places = [tensor[slot, :, :len(row.prompt)]
                       for tensor in itertools.chain(*self.cache.layers)]
@@ -184,12 +184,13 @@ class Sampler:
         rows += new
         return torch.stack(logits)
 
-    def read(self, slot, rows, width):
+    def read(self, slot, rows):
         """Read the prompts of rows side by side, the first into `slot`. What is computed behind the
         end of a shorter one lies in places that no token sees before they are written again."""
         cache = self.cache.rows(slot, slot + len(rows))
         cache.filled[:] = 0
         self.computed += sum(len(row.prompt) for row in rows)
+        width = max(len(row.prompt) for row in rows)
         ids = torch.tensor([row.prompt + [0] * (width - len(row.prompt)) for row in rows])
         last = torch.tensor([len(row.prompt) - 1 for row in rows])
         x = self.model.hidden_states(ids.to(self.device), *cache.claim(width), cache.layers)
