@@ -6,12 +6,12 @@ Out:  training examples as token ids, packed batches, and verdicts on answers.
 Map:  Complaints   one clear line for bad input
       Chat         Qwen's chat text and s1's thinking delimiters as tokens
       Files        rows of JSON in and out
-      Countdown    the tiny task: questions, a teacher that thinks in text, pieces of pre-training
+      Countdown    the tiny task: questions, and a teacher that thinks in text
       Answers      find the answer in a text, say whether it is right
       Asking a teacher   questions to any chat endpoint, traces back, each line kept
       Choosing     from many traces to a thousand: s1's stages, and the paper's ablations
       Packing      examples into rows of tokens, the loss mask, the order of an epoch
-      Commands     python data.py show | stats | countdown | teacher | select | tokenizer
+      Commands     python data.py show | stats | countdown | teacher | select
 """
 import argparse
 import cmath
@@ -602,131 +602,6 @@ def countdown_pool(n, seed):
                "correct": grade(f"Answer: {said}", answer),
                "domain": "high" if target > HIGHEST else
                          "".join(sorted(re.sub(r"[^-+*]", "", sure)))}
-
-
-# The pieces of pre-training: what a base has before it sees one trace. No piece shows a question
-# with thinking behind it, and none the teacher's order: here everything comes in random order.
-
-
-@functools.cache
-def all_tries():
-    """Every first step with all its tries, for training questions only, by numbers and by value.
-
-    A try is (line, value, expression). What would make a held-out question is left out.
-    """
-    by_numbers, by_value = {}, {}
-    for numbers in itertools.product(range(1, LARGEST + 1), repeat=3):
-        if numbers[0] * numbers[1] * numbers[2] > PRODUCT:
-            continue
-        for line, left in moves(leaves(numbers)):
-            tries = [(second, last[0][0], last[0][1][1:-1]) for second, last in moves(left)]
-            tries = [t for t in tries if split(numbers, t[1]) == "train"]
-            if tries:
-                by_numbers.setdefault(numbers, []).append((line, tries))
-            for value in {t[1] for t in tries}:
-                by_value.setdefault(value, []).append((line, tries))
-    return by_numbers, by_value
-
-
-def some_tries(rng, steps):
-    """One of the first steps, and one to all of its tries in random order."""
-    line, tries = rng.choice(steps)
-    return line, rng.sample(tries, rng.randint(1, len(tries)))
-
-
-def piece_listing(rng):
-    """What three numbers can make."""
-    by_numbers, _ = all_tries()
-    numbers = rng.choice(list(by_numbers))
-    lines = [f"From {numbers[0]}, {numbers[1]} and {numbers[2]}:"]
-    for _ in range(rng.randint(2, 8)):
-        line, tries = some_tries(rng, by_numbers[numbers])
-        lines += [line, *(t[0] for t in tries)]
-    return lines
-
-
-def piece_sums(rng):
-    """Lines of arithmetic over all that two numbers can come to."""
-    lines = []
-    for _ in range(rng.randint(10, 35)):
-        a, b = rng.randint(0, LARGEST * LARGEST), rng.randint(1, LARGEST)
-        op = rng.choice("+-*" if a * b <= PRODUCT else "+-")
-        lines.append(join((a, ""), (b, ""), op)[0])
-    return lines
-
-
-def piece_writing(rng):
-    """A hit as one expression, and that expression again behind what comes between."""
-    _, by_value = all_tries()
-    lines = []
-    for _ in range(rng.randint(1, 4)):
-        target = rng.choice(list(by_value))
-        line, tries = some_tries(rng, by_value[target])
-        hit, _, expression = next((t for t in tries if t[1] == target), tries[-1])
-        value = int(hit.split("=")[1])
-        misses = [f"{second} no" for second, other, _ in tries if other != value]
-        again = [f"Wait, is {value} {value}? ok", f"So {expression}"] * rng.randint(0, 4)
-        lines += [f"make {value}.", line, *misses, f"{hit} ok", f"So {expression}", *again,
-                  f"Answer: {expression}"]
-    return lines
-
-
-def piece_checking(rng):
-    """Tries held against a target, each from other numbers, so that guessing is not practised.
-
-    Hits and misses mixed; a verdict may be wrong at first and is put right behind a `Wait`, hits
-    as often as misses, so that copying the value or the first verdict will not do.
-    """
-    by_numbers, by_value = all_tries()
-    target = rng.randint(1, HIGHEST)
-    lines = [f"make {target}."]
-    for _ in range(rng.randint(2, 12)):
-        near = target + rng.choice((0, 0, 0, rng.randint(-3, 3)))       # hits, and near misses
-        steps = by_value.get(near) if rng.random() < 0.75 else None
-        line, tries = some_tries(rng, steps or by_numbers[rng.choice(list(by_numbers))])
-        lines.append(line)
-        for second, value, _ in tries:
-            right, wrong = value == target, rng.random() < 0.06
-            lines.append(f"{second} {'ok' if right != wrong else 'no'}")
-            if wrong or rng.random() < (0.2 if right else 0.06):
-                lines.append(f"Wait, is {value} {target}? {'ok' if right else 'no'}")
-    return lines
-
-
-def piece_comparing(rng):
-    """Bare values held against a target, as many hits as misses, many of them near."""
-    target = rng.randint(1, HIGHEST)
-    lines = [f"make {target}."]
-    for _ in range(rng.randint(5, 35)):
-        value = rng.choice((target, target, abs(target + rng.randint(-4, 4)),
-                            rng.randint(0, HIGHEST), rng.randint(0, PRODUCT)))
-        verdict = "ok" if value == target else "no"
-        lines.append(f"{value} {verdict}" if rng.random() < 0.7 else
-                     f"Wait, is {value} {target}? {verdict}")
-    return lines
-
-
-def piece_answering(rng):
-    """A training question with its answer and no thinking: (question, None, answer)."""
-    by_numbers, _ = all_tries()
-    numbers = rng.choice(list(by_numbers))
-    _, tries = some_tries(rng, by_numbers[numbers])
-    _, target, answer = tries[0]
-    if not 1 <= target <= HIGHEST:
-        return piece_answering(rng)
-    return ask(numbers, target), None, answer
-
-
-PIECES = {piece_sums: 0.2, piece_listing: 0.12, piece_writing: 0.16, piece_checking: 0.32,
-          piece_comparing: 0.13, piece_answering: 0.07}
-
-
-def countdown_pieces(n, seed):
-    """n documents of pre-training: plain text, or (question, None, answer)."""
-    rng = random.Random(f"pieces {seed}")
-    kinds = rng.choices(list(PIECES), list(PIECES.values()), k=n)
-    pieces = [kind(rng) for kind in kinds]
-    return [piece if isinstance(piece, tuple) else "\n".join(piece) for piece in pieces]
 
 
 # ---- Answers --------------------------------------------------------------------------------
@@ -1533,18 +1408,23 @@ def difficulty(verdicts):
     """A stage (s1, section 2.2): a question goes out that any grader's model has right, by a column
     that ends in _correct or by `verdicts`, {question: right}."""
     def stage(row, trace):
-        columns = [value for name, value in row.items() if name.endswith("_correct")]
-        if verdicts.get(trace[0]) or any(value in (True, 1, "Yes", "yes") for value in columns):
+        columns = [verdict(value) for name, value in row.items() if name.endswith("_correct")]
+        if verdicts.get(trace[0]) or any(columns):
             return "too easy: a model has it right"
     return stage
 
 
+def verdict(value):
+    """A verdict as columns have it: true, 1, "Yes"; false, 0, "No"; None for anything else."""
+    said = str(value).strip().lower()
+    return True if said in ("true", "yes", "1") else False if said in ("false", "no", "0") else None
+
+
 def right(row, trace, teacher="deepseek"):
     """Is a trace's answer right, by its own verdict or its reference? None where nobody knows."""
-    if isinstance(row.get("correct"), bool):
-        return row["correct"]
-    if row.get(f"{teacher}_grade") in ("Yes", "No"):
-        return row[f"{teacher}_grade"] == "Yes"
+    for column in ("correct", f"{teacher}_grade"):
+        if (known := verdict(row.get(column))) is not None:
+            return known
     reference = next((row[name] for name in ("gtruth_answer", "solution") if row.get(name)), None)
     if isinstance(reference, str):              # a solution ends in its answer, or is prose
         reference = extract(reference) or (reference if len(reference) < 100 else None)
@@ -1617,7 +1497,8 @@ def select(args):
     verdicts = {}
     for path in args.verdicts:
         for _, row in read_rows(path):
-            verdicts[row.get("question")] = verdicts.get(row.get("question")) or row.get("correct")
+            question = row.get("question")
+            verdicts[question] = verdicts.get(question) or verdict(row.get("correct"))
     rows = usable_rows(args.pool, args.teacher, args.verbose)
     stages = {"decontamination": decontaminate(held, args.words), "quality": quality}
     if args.method == "s1k":
@@ -1693,17 +1574,27 @@ def epoch_batches(examples, batch_size, seed, epoch):
 
 
 def load_examples(data, chat, n=None, seed=0, give_up=GIVE_UP, ask=(), **how):
-    """Training examples (ids, first supervised) of `countdown`, `pieces` or a file of traces; `ask`
-    names the KINDS of length to write into the questions, `how` is for load_traces."""
-    if data == "pieces":
-        return [(chat.example(*piece)[0], 1) if isinstance(piece, tuple)
-                else ([*chat.text(piece), *chat.render("<|endoftext|>")], 1)
-                for piece in countdown_pieces(n or 150_000, seed)]
-    traces = (countdown_traces(n or 1000, seed, give_up, len(ask)) if data == "countdown"
-              else load_traces(data, **how))
+    """Training examples (ids, first supervised) of `countdown` or a file of traces; `ask` names the
+    KINDS of length to write into the questions, `how` is for load_traces. A file of rows {"ids":
+    [...]} is for pre-training: tokens as they are, all of them supervised."""
+    if data == "countdown":
+        traces = countdown_traces(n or 1000, seed, give_up, len(ask))
+    else:
+        rows = read_rows(data)
+        if "ids" in rows[0][1]:
+            return [(token_ids(place, row, chat), 1) for place, row in rows[:n]]
+        traces = load_traces(data, **how)
     if ask:
         traces = list(ask_for_lengths(traces, chat, ask))
     return [chat.example(*trace) for trace in traces[:n]]
+
+
+def token_ids(place, row, chat):
+    ids, V = row.get("ids"), chat.tokenizer.get_vocab_size()
+    if not isinstance(ids, list) or not ids or any(
+            type(i) is not int or not 0 <= i < V for i in ids):
+        raise BadInput(f"{place}: no list of token ids below {V}")
+    return ids
 
 
 def show_some(args):
@@ -1754,37 +1645,6 @@ def stats(args):
         print(f"  {count:7,} {escape(name)}")
 
 
-def make_tokenizer(args):
-    """Write the tiny base's tokenizer: Qwen's special tokens and byte-level BPE, but each number up
-    to 999 is one token, and the merges are learnt from the task's words. It can encode any text."""
-    isolate = tokenizers.pre_tokenizers.Split(tokenizers.Regex(
-        r"\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated")
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    learner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    learner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([isolate, byte_level])
-    texts = [f"system\n{SYSTEM}", "user\n", "assistant\n", "think\n", "answer\n",
-             ask((1, 2), 3), "Final Answer: (1)", "From 1, 2 and 3:\n", "make 1.\n1 ok\n1 no\n",
-             "Wait, is 1 2? ok\n"]
-    learner.train_from_iterator(
-        [re.sub(r"\d+", "", text) for text in texts] * 2, tokenizers.trainers.BpeTrainer(
-        initial_alphabet=alphabet, min_frequency=2, show_progress=False))
-    learnt = json.loads(learner.to_str())["model"]
-    words = [*alphabet, *(str(n) for n in range(10, 1000)),
-             *(word for word in sorted(learnt["vocab"], key=learnt["vocab"].get) if len(word) > 1)]
-    # ignore_merges: a word that is in the vocabulary is that token, whatever the merges would do.
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(
-        {word: i for i, word in enumerate(words)}, [tuple(m) for m in learnt["merges"]],
-        ignore_merges=True))
-    made.pre_tokenizer, made.decoder = learner.pre_tokenizer, tokenizers.decoders.ByteLevel()
-    made.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    made.save(str(Path(args.directory) / "tokenizer.json"))
-    (Path(args.directory) / "tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
-         "pad_token": "<|endoftext|>", "model_max_length": 32768}, indent=2) + "\n")
-    print(f"{made.get_vocab_size()} tokens")
-
-
 def select_flags(add):
     add("--pool", required=True, help="file of traces, or a hub dataset's id")
     add("--benchmarks", nargs="*", default=[], help="files of questions that must not come in")
@@ -1812,7 +1672,7 @@ def arguments():
 
     shows = command("show", show_some, help="print training examples as the model sees them")
     shows.add_argument("data", nargs="?", default="countdown",
-                       help="countdown, pieces or a file of traces")
+                       help="countdown or a file of traces")
     shows.add_argument("--n", type=at_least(1), default=1, help="how many examples")
     shows.add_argument("--seed", type=int, default=0)
     shows.add_argument("--colour", choices=("auto", "always", "never"), default="auto")
@@ -1835,8 +1695,6 @@ def arguments():
     teacher_flags(asks.add_argument)
     picks = command("select", select, help="choose the traces to train on, as s1 did")
     select_flags(picks.add_argument)
-    makes = command("tokenizer", make_tokenizer, help="make the tiny base's tokenizer")
-    makes.add_argument("directory", help="where tokenizer.json goes")
 
     for some in (shows, counts, writes):
         model_flags(some.add_argument, default="assets/countdown-base")

@@ -48,9 +48,9 @@ def arguments():
     add = parser.add_argument
     model_flags(add, default="assets/countdown-base")
     add("--scratch", action="store_true", help="random weights: take config and tokenizer only")
-    add("--data", default="countdown", help="countdown, pieces (pre-training) or a file of traces")
+    add("--data", default="countdown", help="countdown, or traces: a file, a directory or a hub dataset's id")
     add("--n", type=at_least(1),
-        help="how many examples (default: countdown 1000, pieces 150000, a file all)")
+        help="how many examples (default: countdown 1000, a file all)")
     add("--give-up", type=at_least(0, float, 1), default=GIVE_UP,
         help="how likely Countdown's teacher gives up when tired")
     add("--ask", nargs="+", choices=KINDS, default=[],
@@ -295,7 +295,8 @@ def memory(device):
     """The most memory this process has held, in bytes: of the GPU, else its resident memory."""
     if device == "cuda":
         return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def main():
@@ -304,76 +305,88 @@ def main():
         train(args)
 
 
-def train(args):
-    out, source = Path(args.out), local(args.model, weights=not args.plan)
-    if out.exists() and not args.overwrite and not args.plan:
+def may_write(out, overwrite):
+    """BadInput, before the training and not after it, where `out` holds what is not to be lost."""
+    if out.exists() and not overwrite:
         raise BadInput(f"{out} is there already: choose another --out, or --overwrite it")
-    if out.exists() and not (out / "run.json").is_file() and not args.plan:
+    if out.exists() and not (out / "run.json").is_file():
         raise BadInput(f"{out} holds no run of this program, so it is not overwritten")
-    if not args.plan:
-        out.parent.mkdir(parents=True, exist_ok=True)   # complain now, and not after the training
+    out.parent.mkdir(parents=True, exist_ok=True)
 
-    # One process, or as many as torchrun started: each with a device of its own.
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    kind = torch.device(args.device).type
-    device = args.device
-    if kind == "cuda" and world > 1:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    if world > 1:
-        torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
-    say = print if rank == 0 else lambda *_, **__: None
 
-    # The examples: (ids, index of the first supervised token). An over-long one is dropped, never
-    # cut: a trace without its end teaches to think without end (s1, section 4.1).
-    chat = Chat(source, args.chat, args.thinking)
+def read_examples(args, chat, config):
+    """The examples (ids, index of the first supervised token), and the number of optimizer steps.
+
+    An over-long one is dropped, never cut: a trace without its end teaches to think without end
+    (s1, section 4.1). BadInput where none is left.
+    """
     examples = load_examples(args.data, chat, args.n, args.seed, args.give_up, args.ask,
                              teacher=args.teacher)
-    config = Config.load(source)
     longest = min(args.tokens_per_batch, config.max_position_embeddings)
     kept = [example for example in examples if len(example[0]) <= longest]
     if not kept:
         raise BadInput(f"all {len(examples)} examples are longer than {longest} tokens")
     steps = args.epochs * math.ceil(len(kept) / args.batch_size)
-    steps = min(steps, args.max_steps or steps)
-    say(f"{len(kept):,} examples, {sum(len(ids) for ids, _ in kept):,} tokens a pass, "
-        f"{len(examples) - len(kept)} dropped as longer than {longest:,}", flush=True)
-    if args.plan:
-        return plan(args, config, kept, steps)
+    print(f"{len(kept):,} examples, {sum(len(ids) for ids, _ in kept):,} tokens a pass, "
+          f"{len(examples) - len(kept)} dropped as longer than {longest:,}", flush=True)
+    return kept, min(steps, args.max_steps or steps)
 
-    # What a run is a function of. Anything else may change when it is resumed.
-    run = {key: value for key, value in vars(args).items() if key not in (
-        "out", "overwrite", "save_every", "resume", "plan", "devices", "device_tflops",
-        "device_memory_gb", "mfu", "usd_per_hour", "save_dtype")}
-    run["data"] = hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:16]
-    done, metrics = 0, []
-    if args.resume:
-        source, state = newest(out)
-        refuse_other(state["run"], run)
-        done, metrics = state["step"], state["metrics"]
-        say(f"resumed from {source}, step {done}", flush=True)
 
-    autocast = args.dtype == "bfloat16" or args.dtype is None and kind == "cuda"
-
+def start(args, config, source, device, world, autocast):
+    """The model on its device, shared out over the processes, and its optimizer."""
     def prepare(model):
         model.recompute = args.recompute
         if args.compile:
             model.compile_kernels()
         if world > 1:
-            share(model, kind, world, autocast)
+            share(model, torch.device(device).type, world, autocast)
 
     if args.scratch and not args.resume:
         model = Transformer(config).init_weights(args.seed).to(device)
         prepare(model)
     else:
         model = Transformer.load(source, device=device, prepare=prepare)
-    model.train()
-    parameters = sum(p.numel() for p in model.parameters())
-    say(f"{parameters:,} parameters on {world} x {kind}", flush=True)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]        # norms and biases do not decay
     optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
                                    {"params": vectors, "weight_decay": 0.0}],
                                   lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters:,} parameters on {world} x {torch.device(device).type}", flush=True)
+    return model.train(), optimizer
+
+
+def train(args):
+    out, source = Path(args.out), local(args.model, weights=not args.plan)
+    if not args.plan:
+        may_write(out, args.overwrite)
+    chat, config = Chat(source, args.chat, args.thinking), Config.load(source)
+
+    # One process, or as many as torchrun started: each with a device of its own.
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    kind = torch.device(args.device).type
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if kind == "cuda" and world > 1 else args.device
+    if world > 1:
+        torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+    if rank:
+        sys.stdout = open(os.devnull, "w")          # the first process speaks for all
+
+    examples, steps = read_examples(args, chat, config)
+    if args.plan:
+        return plan(args, config, examples, steps)
+    # What a run is a function of. Anything else may change when it is resumed.
+    run = {key: value for key, value in vars(args).items() if key not in (
+        "out", "overwrite", "save_every", "resume", "plan", "devices", "device_tflops",
+        "device_memory_gb", "mfu", "usd_per_hour", "save_dtype")}
+    run["data"] = hashlib.sha256(json.dumps(examples).encode()).hexdigest()[:16]
+    done, metrics = 0, []
+    if args.resume:
+        source, state = newest(out)
+        refuse_other(state["run"], run)
+        done, metrics = state["step"], state["metrics"]
+        print(f"resumed from {source}, step {done}", flush=True)
+    autocast = args.dtype == "bfloat16" or args.dtype is None and kind == "cuda"
+    model, optimizer = start(args, config, source, device, world, autocast)
     if args.resume:
         restore(optimizer, model, source, done)
 
@@ -382,34 +395,32 @@ def train(args):
     signal.signal(signal.SIGINT, lambda *_: (stop.append(True), signal.signal(
         signal.SIGINT, signal.default_int_handler)))
     batches = (batch for epoch in range(args.epochs)
-               for batch in epoch_batches(kept, args.batch_size, args.seed, epoch))
+               for batch in epoch_batches(examples, args.batch_size, args.seed, epoch))
     bar = tqdm(range(done, steps), unit="step", disable=None if rank == 0 else True,
                initial=done, total=steps, dynamic_ncols=True)
-    started, places, used = time.perf_counter(), 0, 0
     for step, batch in zip(bar, itertools.islice(batches, done, None)):
         began = time.perf_counter()
-        total, rows = gradients(model, batch, args.tokens_per_batch, device, autocast, rank, world)
+        loss, rows = gradients(model, batch, args.tokens_per_batch, device, autocast, rank, world)
         norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip))
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, args.lr, args.warmup)
-        if not torch.isfinite(norm + total):
+        if not torch.isfinite(norm + loss):
             begin = "; ".join(repr(chat.decode(ids[first:first + 12])) for ids, first in batch[:3])
-            raise BadInput(f"step {step}: loss {total:.3g}, gradient {norm:.3g}; the weights were "
+            raise BadInput(f"step {step}: loss {loss:.3g}, gradient {norm:.3g}; the weights were "
                            f"not touched. Its examples begin with: {begin}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        seconds = time.perf_counter() - began
-        tokens, cost = sum(len(ids) for ids, _ in batch), flops(
-            config, [len(ids) for ids, _ in batch], sum(len(ids) - first for ids, first in batch))
-        used, places = used + tokens, places + args.tokens_per_batch * rows
-        mfu = cost / seconds / world / (args.device_tflops * 1e12) if args.device_tflops else None
-        metrics.append({"step": step, "loss": total.item(), "lr": group["lr"], "tokens": tokens,
-                        "grad_norm": norm.item(), "tokens_per_second": tokens / seconds, "mfu": mfu,
-                        "flops": cost, "seconds": seconds, "memory_bytes": memory(kind)})
-        if rank == 0:
-            tqdm.write(line(metrics[-1], steps))        # above the bar
-            sys.stdout.flush()
+        lengths, seconds = [len(ids) for ids, _ in batch], time.perf_counter() - began
+        cost = flops(config, lengths, sum(len(ids) - first for ids, first in batch))
+        metrics.append({
+            "step": step, "loss": loss.item(), "lr": group["lr"], "tokens": sum(lengths),
+            "places": rows * args.tokens_per_batch, "grad_norm": norm.item(),
+            "tokens_per_second": sum(lengths) / seconds, "flops": cost, "seconds": seconds,
+            "mfu": args.device_tflops and cost / seconds / world / (args.device_tflops * 1e12),
+            "memory_bytes": memory(kind)})
+        tqdm.write(line(metrics[-1], steps))        # above the bar
+        sys.stdout.flush()
         if stop or args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
             checkpoint = Path(f"{out}.steps") / f"{step + 1:08}"
             save(checkpoint, model, None, chat, {"run.json": json.dumps(
@@ -419,25 +430,16 @@ def train(args):
                     if older != checkpoint:
                         shutil.rmtree(older)
         if stop:
-            say(f"stopped behind step {step + 1}: --resume goes on from {checkpoint}")
+            print(f"stopped behind step {step + 1}: --resume goes on from {checkpoint}")
             raise KeyboardInterrupt
 
     save(out, model, args.save_dtype and getattr(torch, args.save_dtype), chat, {
         "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in metrics),
         "run.json": json.dumps({**origin(world), "data": run["data"], "arguments": vars(args)},
                                indent=2) + "\n"})
-    if rank:
-        return
-    shutil.rmtree(f"{out}.steps", ignore_errors=True)   # the run is whole: nothing to resume
-    seconds, last = time.perf_counter() - started, metrics[-max(1, len(metrics) // 20):]
-    compute = sum(row["seconds"] for row in metrics) * world / 3600
-    operations = sum(row["flops"] for row in metrics)
-    print(f"rows {100 * used / places:.1f}% full; {operations:.3g} FLOPs, "
-          f"{compute:.3f} hours of compute"
-          + (f", {compute * args.usd_per_hour:.2f} dollars" if args.usd_per_hour else ""))
-    print(f"{steps} steps, {sum(row['tokens'] for row in metrics):,} tokens, this time {used:,} in "
-          f"{seconds:.0f} s ({used / seconds:,.0f} a second), loss {metrics[0]['loss']:.3f} -> "
-          f"{sum(row['loss'] for row in last) / len(last):.3f}, written to {args.out}")
+    if rank == 0:
+        shutil.rmtree(f"{out}.steps", ignore_errors=True)       # the run is whole
+    summarise(args, metrics, world)
 
 
 def line(row, steps):
@@ -447,6 +449,19 @@ def line(row, steps):
     return (f"step {row['step'] + 1}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
             f"norm {row['grad_norm']:.3f}  {row['tokens_per_second']:,.0f} tokens/s{mfu}  "
             f"{row['memory_bytes'] / 1e9:.2f} GB  {left / 60:.1f} min left")
+
+
+def summarise(args, metrics, world):
+    """What the run took and came to; the last loss is the mean of the last twentieth of it."""
+    total = {key: sum(row[key] for row in metrics)
+             for key in ("tokens", "places", "flops", "seconds")}
+    hours, last = total["seconds"] * world / 3600, metrics[-max(1, len(metrics) // 20):]
+    print(f"rows {100 * total['tokens'] / total['places']:.1f}% full; {total['flops']:.3g} FLOPs, "
+          f"{hours:.3f} hours of compute"
+          + (f", {hours * args.usd_per_hour:.2f} dollars" if args.usd_per_hour else ""))
+    print(f"{len(metrics)} steps, {total['tokens']:,} tokens in {total['seconds']:.0f} s "
+          f"({total['tokens'] / total['seconds']:,.0f} a second), loss {metrics[0]['loss']:.3f} -> "
+          f"{sum(row['loss'] for row in last) / len(last):.3f}, written to {args.out}")
 
 
 if __name__ == "__main__":

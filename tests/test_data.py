@@ -6,12 +6,13 @@ import re
 import sys
 from pathlib import Path
 
+import make_base
 import pytest
 
 import data
-from data import (BadInput, calculate, countdown_pieces, countdown_questions, countdown_traces,
-                  epoch_batches, equal, extract, grade, load_traces, pack, read_rows, split, targets_of,
-                  teacher)
+from data import (BadInput, calculate, countdown_questions, countdown_traces,
+                  epoch_batches, equal, extract, grade, load_traces, pack, read_rows, split,
+                  targets_of, teacher)
 
 # ---- Chat -----------------------------------------------------------------------------------
 
@@ -102,7 +103,7 @@ def test_parts_never_share_a_question():
 def test_no_piece_shows_a_held_out_question_or_thinking_behind_a_question():
     """Direct answers are to training questions, and so is every try held against a target."""
     tries = 0
-    for piece in countdown_pieces(2000, 1):
+    for piece in make_base.countdown_pieces(2000, 1):
         if isinstance(piece, tuple):
             question, thinking, answer = piece
             *numbers, target = map(int, re.findall(r"\d+", question))
@@ -123,7 +124,7 @@ def test_no_piece_shows_a_held_out_question_or_thinking_behind_a_question():
                 third = b if a == first[1] else a
                 assert first[1] in (a, b) and split((*first[0], third), value) == "train"
     assert tries > 2000
-    for numbers, steps in data.all_tries()[0].items():
+    for numbers, steps in make_base.all_tries()[0].items():
         assert all(split(numbers, value) == "train" for _, tries in steps for _, value, _ in tries)
 
 

@@ -11,6 +11,8 @@ import sys
 import time
 from types import SimpleNamespace
 
+import make_base
+import mutants
 import pytest
 import safetensors.torch
 import torch
@@ -119,7 +121,16 @@ def test_schedule():
 
 
 def test_pretraining_from_scratch_and_traces_of_another_tool(run, tiny, tmp_path):
-    trained(run, tiny, tmp_path / "a", "--scratch", "--data", "pieces")
+    """The documents of tests/make_base.py are tokens as they are, all of them supervised."""
+    chat = data.Chat(tiny)
+    rows = [json.dumps({"ids": ids}) + "\n" for ids in make_base.documents(20, 0, chat)]
+    (tmp_path / "base.jsonl").write_text("".join(rows))
+    trained(run, tiny, tmp_path / "a", "--scratch", "--data", tmp_path / "base.jsonl")
+    assert data.load_examples(tmp_path / "base.jsonl", chat, 7) == [
+        (json.loads(row)["ids"], 1) for row in rows[:7]]
+    (tmp_path / "bad.jsonl").write_text('{"ids": [1]}\n{"ids": [1, 99999]}\n')
+    code, _, error = run("train", "--model", tiny, "--data", tmp_path / "bad.jsonl")
+    assert code == 2 and "line 2: no list of token ids below 1347" in error
     (tmp_path / "r1.json").write_text(json.dumps(
         [{"problem": "1+1?", "message_thinking": "Okay, so 1+1. " * 9,
           "message_content": r"\boxed{2}"}]))
@@ -388,6 +399,13 @@ def test_bad_input_gets_one_line_and_exit_code_2(run, tiny, tmp_path, command, c
     assert "Traceback" not in error
     assert len([line for line in error.splitlines() if "error:" in line]) == 1
     assert sorted(tmp_path.rglob("*")) + sorted(tiny.rglob("*")) == before
+
+
+def test_every_mutant_finds_its_line():
+    """tests/mutants.py is too slow for each day; that it can be run at all is seen here."""
+    for name, file, tests, line, _ in mutants.MUTANTS:
+        assert (ROOT / file).read_text(encoding="utf-8").count(line) == 1, name
+        assert (ROOT / tests).is_file(), name
 
 
 def test_the_house_has_its_arrows():
