@@ -78,7 +78,8 @@ class Sampler:
                 from torch._inductor import config
                 config.freezing = config.max_autotune = True    # Dynamo sees no `options`
                 config.autotune_num_choices_displayed = 0
-                config.max_autotune_report_choices_stats = False
+                if hasattr(config, "max_autotune_report_choices_stats"):    # not in torch 2.6
+                    config.max_autotune_report_choices_stats = False
             shapes.use_duck_shape = False           # two sizes that agree once need not do so again
             self.step = torch.compile(model.logits, dynamic=True)
             self.least = min(2, slots)              # a step of one row alone would be compiled anew
