@@ -70,6 +70,8 @@ def complaints(*kinds):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults in --help, but none where there is nothing to say."""
+
     def _get_help_string(self, action):
         nothing = action.default is None or action.default is False
         return action.help if nothing else super()._get_help_string(action)
@@ -420,6 +422,7 @@ KINDS = {"tokens": "{question} Think for up to {limit} tokens.",
 
 
 def ask_for(question, kind, limit):
+    """The question with its limit, as KINDS[kind] words it; without a kind the question."""
     return KINDS[kind].format(question=question, limit=limit) if kind else question
 
 
@@ -478,10 +481,12 @@ def walk(position):
 
 
 def leaves(numbers):
+    """The position at the start: each number is its own expression."""
     return [(number, str(number)) for number in numbers]
 
 
 def reachable(numbers):
+    """All values that the numbers can make."""
     return {left[0][0] for _, left in walk(leaves(numbers)) if len(left) == 1}
 
 
@@ -495,6 +500,7 @@ def split(numbers, target):
 
 
 def ask(numbers, target):
+    """The question's text."""
     listed = ", ".join(map(str, numbers[:-1])) + f" and {numbers[-1]}"
     return f"Use {listed} with + - * to make {target}."
 
@@ -1433,6 +1439,7 @@ def right(row, trace, teacher="deepseek"):
 
 
 def domain_of(row, column=None):
+    """The row's domain: its `column`, else the first of DOMAIN that it has, else "none"."""
     names = [column] if column else DOMAIN
     return next((str(row[name]) for name in names if row.get(name)), "none")
 
