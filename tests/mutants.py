@@ -77,7 +77,7 @@ MUTANTS = [
     ('a number may be used twice', 'data.py', DATA,
      'sorted(used) == sorted(answer["numbers"])', 'set(used) == set(answer["numbers"])'),
     ('a tuple has no order', 'data.py', DATA,
-     'if a[0] != "set":', 'if a[0] == "matrix":'),
+     'if a.kind not in (r"\\{\\}", r"\\cup", r"\\cap"):', 'if a.kind == "&":'),
     ('a decimal is near enough', 'data.py', DATA,
      'rel_tol=1e-9, abs_tol=1e-12', 'rel_tol=1e-2, abs_tol=1e-12'),
     ('held-out questions are trained on', 'data.py', DATA,
