@@ -787,30 +787,30 @@ def equal(found, answer):
 
 
 # What is written differently and means the same is put right in two steps: by these patterns, in
-# this order, and then token by token.
+# this order, and then token by token, so that a Formula knows one spelling of each sign.
 SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
-    (r"\\(?:left|right|[bB]igg?|displaystyle)(?![a-zA-Z])", ""),
+    (r",\\!\s*|\{,\}", ","), (r"(?<!\\)\\[,!;: ]", ""),        # 10,\!080 and 1{,}000
+    (r"\\(?:left|right|[bB]igg?|displaystyle|limits)(?![a-zA-Z])", ""),
     (r"\\?[$%]|[~°\u200b]|\\degree|\^\s*\{?\s*\\circ\s*\}?", ""),
     (r"\\(?:mathrm|mathbf|textbf|mbox|textrm|operatorname)\b", r"\\text"),
     (r"\\text\s*\{\s*(?:and|or)\s*\}", ","),
     (r"(?<=[^\s(,=])\s*\\text\s*\{[^{}]*\}(?:\s*\^\s*\{?[0-9]\}?)?$", ""),         # a unit
-    (r"(?<=[0-9])\s+(?:[a-zA-Z]{3,}(?:\s+[a-zA-Z]{3,})*|[ckm]?m|k?g|s|h)(?:\^?[0-9])?\.?$", ""),
+    (r"(?<=[0-9])\s+(?:[a-zA-Z]{3,}(?:\s+[a-zA-Z]{3,})*|[ckm]?m|k?g|s|h)(?:\^[0-9])?\.?$", ""),
     (r"\\text\s*\{([^{}]*)\}", r"\1"),
     (r"(?:\\\\\s*)?\\end\s*\{[a-z]+\}", r"\\end "), (r"\\begin\s*\{[a-z]+\}", r"\\begin "),
     (r"(?<=[0-9])\s*(?=\\[dtc]?frac)", r"\\mixed "),            # 1\frac{4}{5}
-    (r"^(?:\\?[a-zA-Z]|\\[a-z]+|[a-zA-Z]\([a-zA-Z]\)|\([a-z](?:, ?[a-z])*\))\s*"
-     r"(?:=|\\in\b)(?=[^=]*$)", ""),                            # x =
+    (r"^(?:\\[a-z]+|[a-zA-Z](?:\([a-zA-Z]\))?|\([a-z](?:, ?[a-z])*\))\s*"
+     r"(?:=|\\in\b)(?=[^=]*$)", ""),                            # x =, f(x) =, (x, y) =
     (r"\.$", ""), (r"^([A-Z])[):]$", r"\1"))]
 TOKEN = re.compile(
-    # 1,000 or 1{,}000 or 10,\!080 or 1\,000; but (100,200) is two numbers
-    r"(?<![(\[,.])(?<![(\[]\s)(?<!\\\{)[0-9]{1,3}(?:(?:,|\{,\}|,\\!\s*|\\,)[0-9]{3})+(?![0-9,])"
-    r"(?:\.[0-9]+)?|[0-9]+(?:\.[0-9]+)?|\.[0-9]+"
-    r"|\\[a-zA-Z]+|\\\S|[a-zA-Z]{3,}|\S")
+    # 1,000 is a number; (100,200) is two
+    r"(?<![(\[,.])(?<![(\[]\s)(?<!\\\{)[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])(?:\.[0-9]+)?"
+    r"|[0-9]+(?:\.[0-9]+)?|\.[0-9]+|\\[a-zA-Z]+|\\\S|[a-zA-Z]{3,}|\S")
 PLAIN = {spelling: plain for plain, spellings in {
-    "": r"\limits \, \! \; \: " + "\\", "*": r"\cdot \times \ast × ·", "/": r"\div", "-": "\u2212",
-    ",": ";", r"\frac": r"\dfrac \tfrac \cfrac", r"\binom": r"\dbinom", r"\sqrt": "√",
-    r"\pi": "π", r"\infty": "∞", r"\pm": "±", r"\{": r"\lbrace", r"\}": r"\rbrace",
-    r"\le": r"\leq ≤", r"\ge": r"\geq ≥", r"\ne": r"\neq ≠", r"\cup": "∪"}.items()
+    "*": r"\cdot \times \ast × ·", "/": r"\div", "-": "\u2212", ",": ";", r"\pm": "±",
+    r"\frac": r"\dfrac \tfrac \cfrac", r"\binom": r"\dbinom", r"\sqrt": "√", r"\pi": "π",
+    r"\infty": "∞", r"\cup": "∪", r"\le": r"\leq ≤", r"\ge": r"\geq ≥", r"\ne": r"\neq ≠",
+    r"\{": r"\lbrace", r"\}": r"\rbrace"}.items()
     for spelling in spellings.split()}
 
 
@@ -824,22 +824,22 @@ def tidy(text):
         text = pattern.sub(new, text).strip()
     for token in TOKEN.findall(text):
         if token[0] in "0123456789":
-            token = re.sub(r"[^0-9.]", "", token)
+            token = token.replace(",", "")
         elif len(token) > 1 and token.isalpha():
             token = token.lower()
         tokens.append(PLAIN.get(token, token))
-    return [token for token in tokens if token]
+    return tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Several:
-    """Values that belong together. Arithmetic with them is a TypeError: a list is no number."""
+    """A list, set, matrix, inequality, ... Arithmetic with it is a TypeError: it is no number."""
     kind: str                   # the sign between them, or the brackets around them
     items: tuple
 
 
 def solutions(tokens):
-    """What an answer says: the set of its values, for most answers of one; \\pm gives two."""
+    """What an answer says: the set of its values, for most answers of one; \\pm is read twice."""
     found = []
     for sign in "+-" if r"\pm" in tokens else "+":
         value = Formula([sign if token == r"\pm" else token for token in tokens]).whole()
@@ -911,14 +911,14 @@ class Formula:
     evaluated. ValueError, TypeError or ArithmeticError where it is none. Its length, the depth of
     brackets and the size of powers are bounded, and so is the work.
 
-        formula := value {sign value}          sign: LEVELS; none between two values is a *
-        value   := number | letter | +- formula | (formula) [formula] {formula} \\{formula\\} |formula|
+        formula := value {sign value}         sign: LEVELS; none between two values is a *
+        value   := number | letter | +- formula | formula in BRACKETS, in |...| its size
                  | \\frac value value | \\binom value value | \\sqrt [formula] value
-                 | \\sin ^value formula | \\begin formula \\end
+                 | \\sin ^value formula        [ ]: it may be missing, as the power of a \\sin may
 
-    A value is a Fraction while it can be, then a float or complex. A letter is a fixed number of its
-    own, so that equal polynomials have equal values. Signs that are no ARITHMETIC make Several:
-    x < 5, a matrix of rows (with \\\\ between them) of cells (with &).
+    A value is a Fraction while it can be, then a float or complex. A letter is a fixed number of
+    its own, so that equal polynomials have equal values; so is infinity. Signs that are no
+    ARITHMETIC make Several: x < 5, a matrix of rows (with \\\\ between them) of cells (with &).
     """
 
     def __init__(self, tokens):
@@ -949,8 +949,8 @@ class Formula:
             if sign in ARITHMETIC:
                 value = ARITHMETIC[sign](value, right)
             else:
-                more = isinstance(value, Several) and value.kind == sign        # a third, fourth, ...
-                value = Several(sign, (*(value.items if more else [value]), right))
+                third = isinstance(value, Several) and value.kind == sign       # or fourth, ...
+                value = Several(sign, (*(value.items if third else [value]), right))
         return value
 
     def value(self, least=math.inf):
@@ -975,9 +975,10 @@ class Formula:
         elif token in FUNCTIONS:
             power = 1
             if self.tokens[-1] == "^":                          # \sin^2 x
-                power = self.tokens.pop() and self.piece()
+                self.tokens.pop()
+                power = self.piece()
             value = raised(FUNCTIONS[token](self.climb(LEVELS["^"])), power)
-        elif re.fullmatch(r"[a-zA-Z]|\\[a-zA-Z]+", token):
+        elif token not in LEVELS and re.fullmatch(r"[a-zA-Z]|\\[a-zA-Z]+", token):
             value = CONSTANTS.get(token, 0.5 + zlib.crc32(token.encode()) / 2**32)
         else:
             raise ValueError(f"{token!r} is not known")
