@@ -7,9 +7,10 @@ Out:  a table in the terminal; MODEL/eval/ with rows.jsonl (an answer a row), ru
 Map:  Budget      lengthens thinking with `Wait` and cuts it short: a `steer` of the sampler.
                   `__call__` forces, `left` counts
       evaluation  the paper's other methods; a set of questions in one setting: a run.
-                  `Setting.kept` is one run's Control; a `Journal` outlives a kill
+                  `Setting.kept` is one run's Control
       measures    intervals, Control, Scaling, Performance, what a Wait gains
       the report  table and curve
+      the journal outlives a kill, and is where processes meet
       the program
 """
 import contextlib
@@ -291,61 +292,6 @@ def refuse_too_long(prompts, length, closing):
                        f"into {length} (--max-length)")
 
 
-class Journal:
-    """Rows on the disk as they come, a line [index, row] each: a killed evaluation goes on where it
-    stopped, and processes share out its questions.
-
-    A run and a process have a file, RUN.RANK.jsonl; every process reads those of all. BadInput
-    where the directory holds a part of an evaluation with other arguments.
-    """
-
-    def __init__(self, directory, arguments, overwrite):
-        self.directory, self.runs = directory, itertools.count()
-        self.rank, self.world = (int(os.environ.get("RANK", 0)),
-                                 int(os.environ.get("WORLD_SIZE", 1)))
-        said = directory / "arguments.json"
-        text = json.dumps(arguments, indent=2, default=str) + "\n"
-        if self.rank == 0:
-            if said.is_file() and said.read_text(encoding="utf-8") != text:
-                if not overwrite:
-                    raise BadInput(f"{directory} holds a part of an evaluation with other "
-                                   f"arguments or weights: --overwrite it")
-                shutil.rmtree(directory)
-            directory.mkdir(parents=True, exist_ok=True)
-            said.write_text(text, encoding="utf-8")
-        wait_for_all()
-
-    def complete(self, questions, answer):
-        """The rows of the next run, one for each of the questions. What is missing of this
-        process's share is asked: answer({index: question}) yields (index, row)."""
-        run = next(self.runs)
-        done = self.rows(run)
-        mine = {i: question for i, question in enumerate(questions)
-                if i not in done and i % self.world == self.rank}
-        with open(self.directory / f"{run}.{self.rank}.jsonl", "a", encoding="utf-8") as file:
-            for index, row in answer(mine):
-                # A kill may have torn the last line, so the line break comes first.
-                file.write("\n" + json.dumps([index, row]))
-                file.flush()
-        wait_for_all()
-        rows = self.rows(run)
-        return [rows[i] for i in range(len(questions))]
-
-    def rows(self, run):
-        """{index: row} of all processes."""
-        rows = {}
-        for path in self.directory.glob(f"{run}.*.jsonl"):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                with contextlib.suppress(ValueError):       # torn
-                    rows.update([json.loads(line)])
-        return rows
-
-
-def wait_for_all():
-    if distributed.is_initialized():
-        distributed.barrier()
-
-
 # ---- Measures -------------------------------------------------------------------------------
 
 
@@ -425,15 +371,12 @@ def line(run):
 def in_words(run):
     """What a run asked for."""
     method, limit = run["method"], run["max_thinking"]
-    if method == "direct":
-        return "no thinking"
-    budget = "unlimited" if limit < 0 else str(limit)
-    if method == "class":
-        budget = "long" if limit < 0 else "short"
-    elif method in ("majority", "coverage"):
-        budget = f"of {run['samples']}"
+    asked = {"direct": "no thinking", "class": "long" if limit < 0 else "short"}
+    if method in ("majority", "coverage"):
+        asked[method] = f"of {run['samples']}"
+    budget = asked.get(method, "unlimited" if limit < 0 else str(limit))
     waits = f" + {run['waits']} Wait" if run["waits"] else ""
-    return ("" if method == "budget" else f"{method}: ") + budget + waits
+    return ("" if method in ("direct", "budget") else f"{method}: ") + budget + waits
 
 
 def side_by_side(students):
@@ -518,6 +461,63 @@ def draw_again(paths):
         raise BadInput(f"no runs.jsonl of an evaluation: {error!r} is missing") from None
 
 
+# ---- The journal ----------------------------------------------------------------------------
+
+
+class Journal:
+    """Rows on the disk as they come, a line [index, row] each: a killed evaluation goes on where it
+    stopped, and processes share out its questions.
+
+    A run and a process have a file, RUN.RANK.jsonl; every process reads those of all. BadInput
+    where the directory holds a part of an evaluation with other arguments.
+    """
+
+    def __init__(self, directory, arguments, overwrite):
+        self.directory, self.runs = directory, itertools.count()
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        said = directory / "arguments.json"
+        text = json.dumps(arguments, indent=2, default=str) + "\n"
+        if self.rank == 0:
+            if said.is_file() and said.read_text(encoding="utf-8") != text:
+                if not overwrite:
+                    raise BadInput(f"{directory} holds a part of an evaluation with other "
+                                   f"arguments or weights: --overwrite it")
+                shutil.rmtree(directory)
+            directory.mkdir(parents=True, exist_ok=True)
+            said.write_text(text, encoding="utf-8")
+        wait_for_all()
+
+    def complete(self, questions, answer):
+        """The rows of the next run, one for each of the questions. What is missing of this
+        process's share is asked: answer({index: question}) yields (index, row)."""
+        run = next(self.runs)
+        done = self.rows(run)
+        mine = {i: question for i, question in enumerate(questions)
+                if i not in done and i % self.world == self.rank}
+        with open(self.directory / f"{run}.{self.rank}.jsonl", "a", encoding="utf-8") as file:
+            for index, row in answer(mine):
+                # A kill may have torn the last line, so the line break comes first.
+                file.write("\n" + json.dumps([index, row]))
+                file.flush()
+        wait_for_all()
+        rows = self.rows(run)
+        return [rows[i] for i in range(len(questions))]
+
+    def rows(self, run):
+        """{index: row} of all processes."""
+        rows = {}
+        for path in self.directory.glob(f"{run}.*.jsonl"):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):       # torn
+                    rows.update([json.loads(line)])
+        return rows
+
+
+def wait_for_all():
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
 # ---- The program ----------------------------------------------------------------------------
 
 
@@ -533,7 +533,7 @@ def arguments():
         help="thinking tokens at most; -1 is no limit")
     add("--waits", type=at_least(0), nargs="+", default=[1, 2],
         help="how many ends of thinking become a Wait, thinking unlimited; 0 for none")
-    add("--wait", nargs="+", default=["Wait"], help="what is appended there, several in turn")
+    add("--wait", nargs="+", default=["Wait"], help="what goes in there; several in turn")
     add("--grace", type=at_least(0, float), default=0.0,
         help="share of a budget by which thinking may pass it to finish its line")
     add("--max-answer", type=at_least(1), default=32, help="tokens of the answer")
@@ -544,7 +544,8 @@ def arguments():
     add("--part", choices=("test", "tune"), default="test", help="Countdown: held out, or to tune")
     add("--n", type=at_least(1), help="how many questions (default: Countdown 500, a file all)")
     add("--slots", type=at_least(1), default=64, help="rows side by side")
-    add("--max-length", type=at_least(1), default=768, help="tokens of a row with its prompt")
+    add("--max-length", type=at_least(1), default=768,
+        help="tokens of a row with its prompt, which bounds 'no limit'")
     add("--overwrite", action="store_true", help="replace an evaluation that is there")
     add("--draw", nargs="+", metavar="RUNS", help="only table and curve, of these runs.jsonl")
     sampling_flags(add)
