@@ -208,8 +208,8 @@ class Sampler:
 
 
 def compile_step(model):
-    """`model.logits` as one piece by torch.compile, for any number of rows. On a CPU its weights are
-    laid out anew, and it is tried which way to multiply is fastest."""
+    """`model.logits` in one piece by torch.compile, for any number of rows. On a CPU the weights
+    are laid out anew, and it is tried which way to multiply is fastest."""
     if model.head.device.type == "cpu":
         from torch._inductor import config          # Dynamo does not see `options`
         config.freezing = config.max_autotune = True
