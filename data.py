@@ -672,7 +672,7 @@ def equal(found, answer):
 SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     (r",\\!\s*|\{,\}", ","), (r"(?<!\\)\\[,!;: ]", ""),        # 10,\!080 and 1{,}000
     (r"\\(?:left|right|[bB]igg?|displaystyle|limits)(?![a-zA-Z])", ""),
-    (r"\\?[$%]|[~°\u200b]|\\degree|\^\s*\{?\s*\\circ\s*\}?", ""),
+    ("~", " "), (r"\\?[$%]|[°\u200b]|\\degree|\^\s*\{?\s*\\circ\s*\}?", ""),
     (r"\\(?:mathrm|mathbf|textbf|mbox|textrm|operatorname)\b", r"\\text"),
     (r"\\text\s*\{\s*(?:and|or)\s*\}", ","),
     (r"(?<=[^\s(,=])\s*\\text\s*\{[^{}]*\}(?:\s*\^\s*\{?[0-9]\}?)?$", ""),         # a unit
