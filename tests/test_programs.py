@@ -274,21 +274,22 @@ def test_a_process_asks_its_part(tmp_path, monkeypatch):
     """The second of three asks questions 1 and 4 of seven, but for those that are answered, and has
     the rows of all in their order. Behind a torn line a row is whole."""
     monkeypatch.setenv("RANK", "1"), monkeypatch.setenv("WORLD_SIZE", "3")
-    for k, torn in enumerate(("", '\n[1, {"row": 1}]', '\n[4, {"row": 4}]\n[1, {"ro')):
-        directory, asked = tmp_path / str(k), []
+    for there, missing in (("", ["b", "e"]), ('\n[1, {"row": 1}]', ["e"]),
+                           ('\n[4, {"row": 4}]\n[1, {"ro', ["b"])):
+        directory, asked = tmp_path / f"{len(there)}", []
         directory.mkdir()
-        for rank, rows in enumerate(((0, 3, 6), (), (5, 2))):
-            (directory / f"0.{rank}.jsonl").write_text(
-                "".join(f'\n[{i}, {{"row": {i}}}]' for i in rows) + torn * (rank == 1))
+        (directory / "0.1.jsonl").write_text(there)
 
         def answer(questions):
-            for index, question in questions.items():
-                asked.append(question)
-                yield index, {"row": index}
+            asked.extend(questions.values())
+            for rank, share in ((0, (0, 3, 6)), (2, (5, 2))):       # the others, meanwhile
+                (directory / f"0.{rank}.jsonl").write_text(
+                    "".join(f'\n[{i}, {{"row": {i}}}]' for i in share))
+            yield from ((index, {"row": index}) for index in questions)
         for _ in range(2):                          # the second time nothing is left to ask
             journal = budget_force.Journal(directory, {}, False)
             assert journal.complete("abcdefg", answer) == [{"row": i} for i in range(7)]
-        assert asked == [["b", "e"], ["e"], ["b"]][k]
+        assert asked == missing
 
 
 def test_the_papers_methods(run, tiny, tmp_path):
