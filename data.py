@@ -16,19 +16,16 @@ Map:  Complaints   one clear line for bad input
 import argparse
 import cmath
 import contextlib
-import dataclasses
 import email.utils
 import functools
 import hashlib
-import heapq
 import http.client
-import ipaddress
 import itertools
 import json
 import math
+import multiprocessing
 import operator
 import os
-import queue
 import random
 import re
 import shutil
@@ -39,8 +36,9 @@ import time
 import typing
 import urllib.parse
 import zlib
-from collections import Counter, deque
+from collections import Counter, namedtuple
 from fractions import Fraction
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
@@ -899,8 +897,9 @@ class Formula:
 
 KEYS = ("TEACHER_API_KEY", "OPENAI_API_KEY")    # environment variables, the first set counts
 BACKOFF = 1.0               # seconds before the second try, about; doubled for each further one
-ATTEMPTS = 8                # tries of a question; a 429 only means: later, so it counts for none
+ATTEMPTS = 8                # tries of a question; a 429 only means: later, so it is never the last
 HOPELESS = 10               # so many failures before the first answer end the run
+GRACE = 1.0                 # seconds in which replies may still come when a run is interrupted
 LARGEST_REPLY = 16 << 20    # bytes of a reply
 
 
@@ -934,25 +933,23 @@ def open_traces(path):
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             raise BadInput(f"{path}: another run is writing to it") from None
-    lines = open(path, "rb")                    # a file both read and appended to can go wrong
-    for number, line in enumerate(lines, 1):
-        whole, ours = line.endswith(b"\n"), b'{"question": '
-        try:
-            teacher = json.loads(line)["teacher"]
-            done[teacher["key"]] = teacher
-            end += len(line)
-            file.write(b"" if whole else b"\n")
-        except (ValueError, KeyError, TypeError) as error:
-            torn = isinstance(error, ValueError) and not whole
-            if not torn or line[:len(ours)] != ours[:len(line)]:
-                raise BadInput(f"{path}, line {number}: no row of a teacher; choose another "
-                               "file to write to") from None
-            file.truncate(end)
-    lines.close()
+    with open(path, "rb") as lines:             # a file both read and appended to can go wrong
+        for number, line in enumerate(lines, 1):
+            whole, ours = line.endswith(b"\n"), b'{"question": '[:len(line)]
+            try:
+                teacher = json.loads(line)["teacher"]
+                done[teacher["key"]] = teacher
+                end += len(line)
+                file.write(b"" if whole else b"\n")
+            except (ValueError, LookupError, TypeError, RecursionError) as error:
+                if whole or not isinstance(error, ValueError) or not line.startswith(ours):
+                    raise BadInput(f"{path}, line {number}: no row of a teacher; choose another "
+                                   "file to write to") from None
+                file.truncate(end)
     return file, done
 
 
-def write_row(file, row, secret=None):
+def write_row(file, row, secret=""):
     """Append one whole line, and flush it; the key to the endpoint is in no file."""
     file.write(hide(json.dumps(row), secret).encode() + b"\n")
     file.flush()
@@ -960,34 +957,29 @@ def write_row(file, row, secret=None):
 
 def hide(text, secret):
     """A server may echo the key. One too short to be a secret ("ollama") may be any text's word."""
-    return text.replace(secret, "[key]") if secret and len(secret) > 7 else text
+    return text.replace(secret, "[key]") if len(secret) > 7 else text
 
 
 class Failure(Exception):
-    """A try without an answer: may it be tried again, after how many seconds if the server says so,
-    under which HTTP status, and may it have cost money?"""
+    """A try without an answer: may there be another, may this one have cost money; the HTTP status
+    if it has one, and the seconds to wait if the server says so."""
 
-    def __init__(self, message, again=True, status=None, after=None, paid=False):
+    def __init__(self, message, again=True, paid=False, status=0, after=None):
         super().__init__(" ".join(escape(message[:100_000]).split()))
-        self.again, self.status, self.after, self.paid = again, status, after, paid
+        self.again, self.paid, self.status, self.after = again, paid, status, after
 
 
 def teacher_url(base, plain=False):
     """The parts of the chat endpoint's address under a base URL; BadInput where it is none that the
     key may be sent to. `plain` allows http to a host that is not this machine."""
     base = base.rstrip("/").removesuffix("/chat/completions")
-    if not re.fullmatch(r"https?://[\w.-]+(:\d{1,5})?(/[\w.~%:/+-]*)?", base, re.ASCII):
-        raise BadInput("--base-url: not of the form https://host/path, without user and query")
+    form = re.fullmatch(r"https?://[\w.-]+(?::(\d{1,5}))?(/[\w.~%:/+-]*)?", base, re.ASCII)
+    if not form or int(form[1] or 0) > 65535:
+        raise BadInput("--base-url: not of the form https://host:port/path")
     url = urllib.parse.urlsplit(base + "/chat/completions")
-    if int(url.netloc.partition(":")[2] or 0) > 65535:
-        raise BadInput("--base-url: there is no such port")
-    try:
-        loopback = url.hostname == "localhost" or ipaddress.ip_address(url.hostname).is_loopback
-    except ValueError:                          # a name
-        loopback = False
+    loopback = re.fullmatch(r"localhost|127(\.\d{1,3}){3}", url.hostname)
     if url.scheme == "http" and not loopback and not plain:
-        raise BadInput(f"--base-url: key and questions would go to {url.hostname} unencrypted "
-                       "(--allow-http)")
+        raise BadInput("--base-url: key and questions would go unencrypted (--allow-http)")
     return url
 
 
@@ -1004,20 +996,19 @@ def post(url, body, secret, timeout, deadline):
     guard.daemon = True
     guard.start()
     headers = {"Content-Type": "application/json", "User-Agent": "s1-teacher"}
-    if secret:
-        headers["Authorization"] = f"Bearer {secret}"
+    headers |= {"Authorization": f"Bearer {secret}"} if secret else {}
     try:
         connection.request("POST", url.path, json.dumps(body), headers)
         reply = connection.getresponse()
         text = reply.read(LARGEST_REPLY + 1)
-        if reply.length and len(text) <= LARGEST_REPLY:     # of a limited read this is not said
-            raise http.client.IncompleteRead(text, reply.length)
-        if time.monotonic() >= deadline:        # what is hung up may look like a short reply
-            raise TimeoutError("the time for this question is over")
-        return reply.status, reply.headers, text
     finally:
         guard.cancel()
         connection.close()
+    if len(text) > LARGEST_REPLY:
+        raise Failure(f"a reply of more than {LARGEST_REPLY} bytes", again=False, paid=True)
+    if reply.length or time.monotonic() >= deadline:    # cut off; by us, it may look like a whole
+        raise http.client.IncompleteRead(text)
+    return reply.status, reply.headers, text
 
 
 def hang_up(line):
@@ -1027,39 +1018,28 @@ def hang_up(line):
 
 def read_reply(status, headers, text):
     """The object of a reply, its choices[0]["message"] an object; else the Failure it is."""
-    try:
+    reply = text.decode(errors="replace")
+    with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
         reply = json.loads(text)
-    except (ValueError, RecursionError):
-        reply = text.decode(errors="replace")
-    if len(text) > LARGEST_REPLY:
-        raise Failure(f"a reply of more than {LARGEST_REPLY} bytes", again=False, paid=True)
-    if status == 200:
-        with contextlib.suppress(LookupError, TypeError):
-            if isinstance(reply["choices"][0]["message"], dict):
-                return reply
+        if status == 200 and isinstance(reply["choices"][0]["message"], dict):
+            return reply
     said = reply[0] if isinstance(reply, list) and reply else reply         # Gemini's are lists
     for name in ("error", "message"):
         said = said.get(name, said) if isinstance(said, dict) else said
     said = "a redirect, which is not followed" if 300 <= status < 400 else said
     again = status in (200, 408, 409, 429) or status >= 500
-    what = {200: "answers without choices" if type(reply) is dict else "answers no JSON"}
-    raise Failure(f"{what.get(status, f'HTTP {status}')}: {said}", again, status,
-                  retry_after(headers) if again else None, paid=status == 200)
+    raise Failure(f"HTTP {status}{' without choices' * (status == 200)}: {said}", again,
+                  status == 200, status, retry_after(headers))
 
 
 def retry_after(headers):
     """Seconds to wait, as retry-after-ms or Retry-After (seconds or a date) says, else None."""
-    try:
-        if headers["retry-after-ms"]:
-            seconds = float(headers["retry-after-ms"]) / 1000
-        elif re.fullmatch(r"\s*[\d.]+\s*", headers["Retry-After"]):
-            seconds = float(headers["Retry-After"])
-        else:
-            seconds = email.utils.parsedate_to_datetime(
-                headers["Retry-After"]).timestamp() - time.time()
-    except (TypeError, ValueError, OverflowError):
-        return None
-    return max(0.0, seconds) if seconds < math.inf else None
+    said = headers["Retry-After"]
+    with contextlib.suppress(TypeError, ValueError, OverflowError):
+        seconds = (float(headers["retry-after-ms"]) / 1000 if headers["retry-after-ms"] else
+                   float(said) if re.fullmatch(r"\s*[\d.]+\s*", said) else
+                   email.utils.parsedate_to_datetime(said).timestamp() - time.time())
+        return max(0.0, seconds) if seconds < math.inf else None
 
 
 def split_message(message):
@@ -1068,198 +1048,182 @@ def split_message(message):
         <think>so 5</think>The answer is 5.     also <thought>, also without the opening tag, which
                                                 some chat templates put at the end of the prompt
     """
-    field, content = (next((message[name] for name in names if message.get(name)
-                            and isinstance(message[name], str)), "")
-                      for names in (("reasoning", "reasoning_content"), ("content",)))
-    inside = []
+    texts = {name: text for name, text in message.items() if isinstance(text, str)}
+    field = texts.get("reasoning") or texts.get("reasoning_content")
+    content, inside = texts.get("content", ""), []
     while opened := re.match(r"\s*<(think|thought)>", content):
         thought, _, content = content[opened.end():].partition(f"</{opened[1]}>")
         inside.append(thought)
-    if not field and not inside:
-        closed = re.search(r"</(think|thought)>", content)
-        if closed:
-            inside, content = [content[:closed.start()]], content[closed.end():]
+    if not field and not inside and (closed := re.search(r"</(think|thought)>", content)):
+        inside, content = [content[:closed.start()]], content[closed.end():]
     return field or "\n\n".join(inside), content
-
-
-@dataclasses.dataclass(eq=False)
-class Job:
-    """A question on its way to the teacher; one that answered is a row."""
-    question: dict                              # a row of load_questions
-    sample: int
-    key: str
-    body: dict                                  # of the request
-    most: float                                 # dollars that one try may cost
-    tries: int = 0
-    deadline: float | None = None               # from the first try on
-
-
-def work(jobs, replies, url, secret, timeout):
-    """A worker's life: one try of each job that comes, its outcome and the seconds it took."""
-    for job in iter(jobs.get, None):
-        start = time.monotonic()
-        try:
-            outcome = read_reply(*post(url, job.body, secret, timeout, job.deadline))
-        except Failure as failure:
-            outcome = failure
-        except Exception as error:              # of many kinds, when a line breaks or is hung up
-            paid = not isinstance(error, (ConnectionRefusedError, socket.gaierror))
-            outcome = Failure(f"no reply: {type(error).__name__} {error}", paid=paid)
-        replies.put((job, outcome, time.monotonic() - start))
 
 
 def tokens_used(usage):
     """Tokens (read, written) of a reply's usage; None where it does not say."""
-    try:
+    with contextlib.suppress(LookupError, TypeError):
         read, written = usage["prompt_tokens"], usage["completion_tokens"]
         # Gemini leaves the thoughts out of the latter, but not out of the total.
         written = max(written, usage.get("total_tokens", 0) - read)
-        return (read, written) if type(read) is type(written) is int and read >= 0 else None
-    except (KeyError, TypeError):
-        return None
+        if type(read) is type(written) is int and 0 <= min(read, written) <= read + written < 1e9:
+            return read, written
 
 
 def dollars(args, read, written):
     return (read * (args.usd_in or 0) + written * (args.usd_out or 0)) / 1e6
 
 
-class Asking:
-    """One run. The workers only send and receive; one thread decides, counts and writes, so there
-    is nothing to lock.
+# What is asked once: a row of load_questions, the how-manieth time, the key of the row to come, the
+# body of the request, and the dollars that one try costs at most.
+Job = namedtuple("Job", "question sample key body most")
 
-        todo ---admit--> jobs --> worker --> replies --take--> a row of the file
-        waiting --' '<------- again, after a while -------'--> a row of the failures
+
+class Asking:
+    """One run: workers, each with one question at a time from its first try to its end, and the
+    few numbers they share, which only the holder of `change` touches.
+
+        todo --> turn: is it time, are there dollars? --> post --> a reply ---> a row of the file
+                  ^                                         |
+                  '----- after a while, all together -----  a Failure --> a row of the failures
+                         no later than the deadline
     """
 
-    def __init__(self, args, secret, jobs, done, file):
-        self.args, self.secret, self.file = args, secret, file
+    def __init__(self, args, url, secret):
+        jobs = teacher_jobs(args, url)
+        self.args, self.url, self.secret = args, url, secret
+        self.file, done = open_traces(args.out)
         self.failures = Path(f"{args.out}.failed.jsonl")
         self.failures.unlink(missing_ok=True)   # what failed last time is asked again now
-        self.todo = deque(job for job in jobs.values() if job.key not in done)
-        self.waiting, self.order = [], itertools.count()    # a heap of (when, order, job)
+        self.todo = [job for job in jobs.values() if job.key not in done]
         self.total, self.before = len(jobs), len(jobs) - len(self.todo)
-        self.done = self.failed = 0
         used = [tokens_used(row.get("usage")) or (0, args.max_tokens) for row in done.values()]
-        self.tokens, self.spent = sum(map(sum, used)), sum(dollars(args, *pair) for pair in used)
-        self.limit = math.inf if args.max_usd is None else args.max_usd
-        self.flying, self.pause, self.broke, self.shown = set(), 0.0, False, time.monotonic()
-        self.jobs, self.replies = queue.SimpleQueue(), queue.SimpleQueue()
+        self.spent = sum(dollars(args, *pair) for pair in used)
+        self.done = self.failed = 0
+        self.pause = 0.0                        # until when on the monotonic clock nobody asks
+        self.flying = []                        # dollars that each try under way may cost
+        self.over = self.broke = False          # no more tries; and that for want of dollars
+        self.change = threading.Condition()
 
-    def run(self, url):
-        for _ in range(self.args.workers):      # daemons: Ctrl-C waits for no reply
-            threading.Thread(target=work, daemon=True, args=(
-                self.jobs, self.replies, url, self.secret, self.args.timeout)).start()
-        with tqdm(total=self.total, initial=self.before, unit="row", disable=None) as bar:
+    def run(self):
+        """Ask all; what a worker raises comes out here. What has come is kept in any case."""
+        bar = tqdm(total=self.total, initial=self.before, unit="row",
+                   mininterval=0.1 if sys.stderr.isatty() else 30)
+        with bar, ThreadPool(self.args.workers) as pool, contextlib.suppress(StopIteration):
+            asked = pool.imap_unordered(self.ask, self.todo)
             try:
-                while self.admit() or self.flying:
-                    with contextlib.suppress(queue.Empty):
-                        self.take(*self.replies.get(timeout=0.05))
-                    self.show(bar)
-            finally:
-                while not self.replies.empty():     # paid for, so kept
-                    self.take(*self.replies.get())
-        self.show(None)
+                while True:                     # no `for`: it would be deaf to Ctrl-C at times
+                    with contextlib.suppress(multiprocessing.TimeoutError):
+                        asked.next(timeout=0.1)
+                    bar.set_postfix_str(self.state(), refresh=False)
+                    bar.update(self.before + self.done - bar.n)
+            finally:                            # and the workers are daemons, so it waits for none
+                with self.change:
+                    self.over = True
+                    self.change.notify_all()
+                    self.change.wait_for(lambda: not self.flying, GRACE)
+                    self.file.close()
 
-    def admit(self):
-        """Hand out what is due while a worker is free and there are dollars for the worst case; is
-        there something to wait for?"""
-        while len(self.flying) < self.args.workers and self.pause <= (now := time.monotonic()):
-            again = self.waiting and self.waiting[0][0] <= now      # its deadline runs: first
-            if not again and not self.todo:
-                break
-            job = self.waiting[0][-1] if again else self.todo[0]
-            worst = self.spent + job.most + sum(other.most for other in self.flying)
-            self.broke = worst > self.limit
-            if self.broke:
-                return False
-            heapq.heappop(self.waiting) if again else self.todo.popleft()
-            job.deadline = job.deadline or now + self.args.deadline
-            self.flying.add(job)
-            self.jobs.put(job)
-        return bool(self.waiting or self.todo)
+    def ask(self, job):
+        """The life of a question: tried until it is a row or a failure, or the run is over."""
+        tries, due, deadline = 0, 0.0, math.inf
+        while self.turn(job, due):
+            start, tries = time.monotonic(), tries + 1
+            deadline = min(deadline, start + self.args.deadline)    # of all tries together
+            try:
+                reply, failure = read_reply(
+                    *post(self.url, job.body, self.secret, self.args.timeout, deadline)), None
+            except Exception as error:          # of many kinds, when a line breaks or is hung up
+                failure = error if isinstance(error, Failure) else Failure(
+                    f"no reply: {type(error).__name__} {error}",
+                    paid=not isinstance(error, (ConnectionRefusedError, socket.gaierror)))
+            with self.change:
+                self.flying.remove(job.most)
+                self.change.notify_all()
+                if self.file.closed:            # too late
+                    return
+                if not failure:
+                    return self.keep(job, reply, time.monotonic() - start)
+                self.spent += job.most * failure.paid
+                wait = BACKOFF * 2 ** min(tries - 1, 6) if failure.after is None else failure.after
+                due = time.monotonic() + wait + random.uniform(0, BACKOFF)  # not all at once
+                busy = failure.status == 429
+                if not failure.again or due > deadline or tries >= ATTEMPTS and not busy:
+                    return self.give_up(job, failure, tries)
+                if busy:                        # said to one worker, meant for all
+                    self.pause = max(self.pause, due)
 
-    def take(self, job, outcome, seconds):
-        """What came of one try: a row, a failure, or another try."""
-        self.flying.remove(job)
-        job.tries += 1
-        if isinstance(outcome, Failure):
-            self.spent += job.most * outcome.paid
-            return self.retry(job, outcome) or self.fail(job, outcome)
-        usage, choice = outcome.get("usage"), outcome["choices"][0]
+    def turn(self, job, due):
+        """Wait until `due`, until no 429 holds all, and until the dollars suffice should everything
+        under way cost its most. False where the run is over, as it is when they never will."""
+        with self.change:
+            while not self.over:
+                wait = max(due, self.pause) - time.monotonic()
+                if wait > 0:
+                    self.change.wait(wait)
+                elif self.spent + sum(self.flying) + job.most <= self.args.max_usd:
+                    self.flying.append(job.most)
+                    return True
+                elif self.flying:               # which may turn out cheaper
+                    self.change.wait()
+                else:
+                    self.over = self.broke = True
+                    self.change.notify_all()
+        return False
+
+    def keep(self, job, reply, seconds):
+        """Write what came, and count what it cost: the most where the reply does not say."""
+        usage, choice = reply.get("usage"), reply["choices"][0]
         used = tokens_used(usage)
-        self.tokens += sum(used or ())
         self.spent += dollars(self.args, *used) if used else job.most
         self.done += 1
         write_row(self.file, trace_row(
-            job.question, *split_message(choice["message"]), model=outcome.get("model"),
+            job.question, *split_message(choice["message"]), model=reply.get("model"),
             finish=choice.get("finish_reason"), usage=usage, seconds=round(seconds, 3),
             sample=job.sample, key=job.key), self.secret)
 
-    def retry(self, job, failure):
-        """Put a job back for later; False where it has had its time or its tries."""
-        wait = random.uniform(0.5, 1) * min(60, BACKOFF * 2 ** job.tries)
-        if failure.after is not None:
-            wait = failure.after + random.uniform(0, BACKOFF)
-        due, slow = time.monotonic() + wait, failure.status == 429
-        if not failure.again or due > job.deadline or job.tries >= ATTEMPTS and not slow:
-            return False
-        if slow:                                # said to one worker, meant for all
-            self.pause = max(self.pause, due)
-        heapq.heappush(self.waiting, (due, next(self.order), job))
-        return True
-
-    def fail(self, job, failure):
-        """Note a failure; BadInput where it would be everyone's."""
+    def give_up(self, job, failure, tries):
+        """Note a failure; BadInput, and the end of the run, where it would be everyone's."""
         self.failed += 1
         said = hide(str(failure), self.secret)[:300]
         with open(self.failures, "ab") as file:
             write_row(file, {"question": job.question["question"], "sample": job.sample,
-                             "key": job.key, "error": said, "tries": job.tries}, self.secret)
-        everyones = failure.status in (401, 402, 404) or 300 <= (failure.status or 0) < 400
+                             "key": job.key, "error": said, "tries": tries}, self.secret)
+        everyones = failure.status in (401, 402, 404) or 300 <= failure.status < 400
         if everyones or self.failed >= HOPELESS and not self.done:
+            self.over = True
             hint = "" if self.secret else f" (no key in {' or '.join(KEYS)})"
             raise BadInput(f"the teacher gives no answers{hint}: {said}")
 
-    def show(self, bar):
-        """Where the run stands: in the bar of a terminal, else in a line now and then."""
-        answered = self.before + self.done
-        text = f"{answered} done, {self.failed} failed, {self.tokens:,} tokens"
-        if self.args.usd_out is not None:
-            expected = self.spent * self.total / max(1, answered)
-            text += f", ${self.spent:.2f} so far, ${expected:.2f} expected"
-        if bar is not None and not bar.disable:
-            bar.set_postfix_str(text, refresh=False)
-            bar.update(answered - bar.n)
-        elif bar is None or time.monotonic() > self.shown + 30:
-            self.shown = time.monotonic()
-            print(text, file=sys.stderr)
+    def state(self):
+        expected = self.spent * self.total / max(1, self.before + self.done)
+        return f"{self.failed} failed" + (f", ${self.spent:.2f} so far, ${expected:.2f} expected"
+                                          if self.args.usd_out is not None else "")
 
 
 def teacher_jobs(args, url):
     """{key: Job} of every question and sample, as the flags say it is to be asked."""
-    try:
+    extra = None
+    with contextlib.suppress(ValueError, RecursionError):
         extra = json.loads(args.body)
-    except ValueError as error:
-        raise BadInput(f"--body: no JSON ({error})") from None
     if not isinstance(extra, dict) or {"model", "messages", "n", "stream"} & extra.keys():
-        raise BadInput("--body: not an object, or one with model, messages, n or stream")
+        raise BadInput("--body: no JSON object, or one with model, messages, n or stream")
     body = {"model": args.model, "max_tokens": args.max_tokens}
     if url.hostname.endswith("googleapis.com"):         # Gemini keeps its thoughts to itself else
-        google = {"thinking_config": {"include_thoughts": True}}
-        if "aiplatform" in url.hostname:                # and Vertex writes them without a tag
-            google["thought_tag_marker"] = "thought"
-        body["extra_body"] = {"google": google}
+        marker = {"thought_tag_marker": "thought"} if "aiplatform" in url.hostname else {}  # Vertex
+        body["extra_body"] = {"google": {"thinking_config": {"include_thoughts": True}} | marker}
     body = {name: value for name, value in (body | extra).items() if value is not None}
-    written = max((body[name] for name in ("max_tokens", "max_completion_tokens")
-                   if isinstance(body.get(name), int)), default=math.inf)
+    written = [body[name] for name in ("max_tokens", "max_completion_tokens")
+               if isinstance(body.get(name), int)]
+    if args.max_usd < math.inf and (None in (args.usd_in, args.usd_out) or not written):
+        raise BadInput("--max-usd needs the prices, --usd-in and --usd-out, and max_tokens")
     jobs = {}
     for question in load_questions(args.questions, graded=False)[:args.n]:
         asked = "\n\n".join(filter(None, (question["question"], args.suffix)))
         sent = body | {"messages": [{"role": "user", "content": asked}]}
         read = len(json.dumps(sent)) + 100              # more than its tokens can be
+        most = dollars(args, read, max(written, default=0))
         for sample in range(args.samples):
             key = row_key(url.geturl(), sent, sample)
-            most = dollars(args, read, written) if args.max_usd is not None else 0.0
             jobs[key] = Job(question, sample, key, sent, most)
     return jobs
 
@@ -1271,18 +1235,13 @@ def ask_teacher(args):
     secret = next((os.environ[name].strip() for name in KEYS if os.environ.get(name)), "")
     if secret and not re.fullmatch(r"[!#-\[\]-~]+", secret):
         raise BadInput(f"the key in {' or '.join(KEYS)} has characters that a key cannot have")
-    if args.max_usd is not None and None in (args.usd_in, args.usd_out):
-        raise BadInput("--max-usd needs the prices: --usd-in and --usd-out")
-    jobs = teacher_jobs(args, url)
-    file, done = open_traces(args.out)
-    with file:
-        asking = Asking(args, secret, jobs, done, file)
-        asking.run(url)
-    left = asking.total - asking.before - asking.done
-    print(f"{args.out}: {asking.total - left} of {asking.total} answered, {asking.failed} failed"
-          + (f" (see {asking.failures})" if asking.failed else "")
+    asking = Asking(args, url, secret)
+    asking.run()
+    answered = asking.before + asking.done
+    print(f"{args.out}: {answered} of {asking.total} answered, {asking.state()}"
+          + (f" (failures: {asking.failures})" if asking.failed else "")
           + (f"; stopped before ${args.max_usd:g} is passed" if asking.broke else ""))
-    return 1 if left else 0
+    return 1 if answered < asking.total else 0
 
 
 def teacher_flags(add):
@@ -1302,7 +1261,8 @@ def teacher_flags(add):
         help="seconds for a question, with all its tries")
     add("--usd-in", type=at_least(0, float), help="dollars for a million tokens read")
     add("--usd-out", type=at_least(0, float), help="dollars for a million tokens written")
-    add("--max-usd", type=at_least(0, float), help="stop before so many dollars are passed")
+    add("--max-usd", type=at_least(0, float), default=math.inf,
+        help="stop before so many dollars are passed")
     add("--allow-http", action="store_true", help="send key and questions unencrypted")
 
 

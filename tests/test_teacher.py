@@ -3,6 +3,7 @@ import email.message
 import email.utils
 import itertools
 import json
+import math
 import os
 import random
 import signal
@@ -175,7 +176,7 @@ def test_train_takes_the_file(serve, run, tiny, tmp_path):
 def test_gemini_is_asked_for_its_thoughts(tmp_path, host, extra):
     (tmp_path / "q.jsonl").write_text('{"question": "q"}')
     args = SimpleNamespace(questions=tmp_path / "q.jsonl", body="{}", model="m", max_tokens=9, n=1,
-                           suffix="", samples=1, max_usd=None)
+                           suffix="", samples=1, max_usd=math.inf, usd_in=None, usd_out=None)
     job, = data.teacher_jobs(args, data.teacher_url(f"https://{host}/v1beta/openai/")).values()
     assert job.body.get("extra_body") == (extra and {"google": extra})
 
@@ -430,12 +431,22 @@ def test_ctrl_c_keeps_what_came(serve):
 
 
 def test_ctrl_c_keeps_what_waits_to_be_written(serve, monkeypatch):
-    def interrupted(asking, bar):
-        while asking.replies.empty():
-            time.sleep(0.01)
-        raise KeyboardInterrupt
-    monkeypatch.setattr(data.Asking, "show", interrupted)
-    done = serve(lambda *_: said(), "--workers", 2, n=2)
+    """Two replies are here; one is being written when Ctrl-C comes, the other one waits for it."""
+    both, write_row, begun = threading.Barrier(2), data.write_row, []
+
+    def script(*_):
+        both.wait()
+        return said()
+
+    def slowly(*what):
+        if not begun:
+            os.kill(os.getpid(), signal.SIGINT)
+        begun.append(what)
+        time.sleep(0.3)
+        write_row(*what)
+    monkeypatch.setattr(data, "write_row", slowly)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    done = serve(script, "--workers", 2, n=2)
     assert done.code == 130 and len(done.rows) == 2
 
 
