@@ -4,10 +4,13 @@ In:   models, and questions with answers (the built-in Countdown task's held-out
 Out:  a table in the terminal; MODEL/eval/ with rows.jsonl (an answer a row), runs.jsonl (a run a
       row), summary.json (Control, Scaling, Performance) and curve.png where there is matplotlib.
 
-Map:  Budget      lengthens thinking with `Wait` and cuts it short: a `steer` of the sampler
-      evaluation  the paper's other methods; a set of questions in one setting: a run
+Map:  Budget      lengthens thinking with `Wait` and cuts it short: a `steer` of the sampler.
+                  `__call__` forces, `left` counts
+      evaluation  the paper's other methods; a set of questions in one setting: a run.
+                  `Setting.kept` is one run's Control
       measures    intervals, Control, Scaling, Performance, what a Wait gains
       the report  table and curve
+      the journal outlives a kill, and is where processes meet
       the program
 """
 import contextlib
@@ -19,7 +22,7 @@ import shutil
 import statistics
 import sys
 import typing
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,9 +30,8 @@ import numpy as np
 from torch import distributed
 from tqdm import tqdm
 
-from data import (SHORT, BadInput, Parser, ask_for, at_least, complaints,
-                  countdown_questions, extract, grade, load_questions, local, model_flags,
-                  read_rows)
+from data import (SHORT, BadInput, Parser, ask_for, at_least, complaints, countdown_questions,
+                  extract, grade, load_questions, local, model_flags, read_rows)
 from model import BadModel
 from sample import Sampler, load, sampling, sampling_flags, stream
 
@@ -79,7 +81,7 @@ class Budget:
     grace: float = 0.0                  # a share of the budget, within which a line may be finished
     repeats: int = 0                    # a run of 20 tokens that came so often ends thinking; 0 not
     max_answer: int = 32                # tokens of the answer, of what is sampled
-    room: int | None = None             # tokens of a row in all, what the sampler can hold
+    room: float = math.inf              # tokens of a row in all, what the sampler can hold
 
     def __call__(self, row, token):
         if row.memory is None:
@@ -91,6 +93,7 @@ class Budget:
         if thought.ended:
             return self.go_on_answering(row, token)
 
+        # The minimum: when it wants to end and waits are left, `Wait` goes in instead of the end.
         if end := self.wants_to_end(row, token, thought.start):
             row.withdraw(len(end) - 1)
             wait = self.wait[thought.waits % len(self.wait)]
@@ -99,6 +102,7 @@ class Budget:
                 row.banned = {end[0] for end in self.ends}      # it may not want to end at once
                 return wait
             return self.finish(row, "natural", self.close, [])
+        # The maximum: when the budget is spent, the end and `Final Answer:` go in.
         left, why = self.left(row)
         if self.repeats and row.repeats(self.repeats):
             left, why = 0, "repetition"
@@ -110,20 +114,17 @@ class Budget:
     def wants_to_end(self, row, token, start):
         """Which of `ends` the token completes, in what is there from `start` on."""
         for end in self.ends:
-            n = len(end) - 1
-            if token == end[-1] and len(row.tokens) - start >= n and (
-                    tuple(row.tokens[len(row.tokens) - n:]) == end[:-1]):
+            first = len(row.tokens) - len(end) + 1
+            if first >= start and (*row.tokens[first:], token) == end:
                 return end
 
     def left(self, row):
         """How many tokens of thinking are left, and what it is that ends them."""
-        budget, last = math.inf, (row.tokens or row.prompt)[-1]
+        budget = math.inf
         if self.max_thinking >= 0:
             budget = self.max_thinking - (len(row.tokens) - row.memory.start)
-            if budget <= 0 and last not in self.line_ends:
+            if budget <= 0 and (row.tokens or row.prompt)[-1] not in self.line_ends:
                 budget += int(self.grace * self.max_thinking)       # to finish its line
-        if self.room is None:
-            return budget, "cut"
         context = self.room - len(row.prompt) - len(row.tokens) - self.closing
         return (budget, "cut") if budget <= context else (context, "context")
 
@@ -157,13 +158,12 @@ class Budget:
         """The budget with a chat's own delimiters."""
         if max_thinking < -1 or waits < 0 or not all(wait):
             raise BadInput("a budget is at least -1 (no limit), waits at least 0 and never empty")
-        vocabulary = range(chat.tokenizer.get_vocab_size())
-        line_ends = (i for i, text in zip(vocabulary, chat.tokenizer.decode_batch(
-            [[i] for i in vocabulary], skip_special_tokens=False)) if text.endswith("\n"))
+        words = chat.tokenizer.decode_batch(
+            [[i] for i in range(chat.tokenizer.get_vocab_size())], skip_special_tokens=False)
         return cls(max_thinking, waits, close=chat.answer, wait=[chat.text(text) for text in wait],
-                   final=chat.text(final), newline=chat.text("\n"), line_ends=frozenset(line_ends),
-                   ends=frozenset(chat.ends), stop=chat.end, stops=frozenset(chat.stops),
-                   open=chat.think, **others)
+                   final=chat.text(final), newline=chat.text("\n"), open=chat.think,
+                   line_ends=frozenset(i for i, word in enumerate(words) if word.endswith("\n")),
+                   ends=frozenset(chat.ends), stop=chat.end, stops=frozenset(chat.stops), **others)
 
 
 # ---- Evaluation -----------------------------------------------------------------------------
@@ -180,13 +180,12 @@ class Setting:
     def question(self, question, step_tokens):
         """The question, with how long to think where the method asks for it."""
         kind = METHODS[self.method].asks
-        if kind == "class":
-            return ask_for(question, kind, "short" if self.max_thinking >= 0 else "long")
-        limit = self.max_thinking if kind == "tokens" else max(1, self.max_thinking // step_tokens)
-        return ask_for(question, kind, limit)
+        limits = {"class": "short" if self.max_thinking >= 0 else "long",
+                  "tokens": self.max_thinking, "steps": max(1, self.max_thinking // step_tokens)}
+        return ask_for(question, kind, limits.get(kind))
 
     def kept(self, tokens):
-        """Did the thinking keep to what was asked for? None where nothing was."""
+        """Control: does a mean of so many tokens keep to what was asked? None: nothing was."""
         if self.max_thinking >= 0 and self.method != "direct":
             return tokens <= self.max_thinking
         return tokens > SHORT if METHODS[self.method].asks == "class" else None
@@ -211,9 +210,8 @@ def first_that_fits(rows):
 
 def most_voted(rows):
     """Majority vote: a row with the answer that most samples gave, the earliest of equals."""
-    votes = Counter(row["found"] for row in rows if row["found"] is not None)
-    winner = votes.most_common(1)[0][0] if votes else None
-    row = next(row for row in rows if row["found"] == winner)
+    votes = Counter(row["found"] for row in rows if row["found"] is not None).most_common(1)
+    row = next(row for row in rows if not votes or row["found"] == votes[0][0])
     return {**row, "thinking_tokens": sum(row["thinking_tokens"] for row in rows)}
 
 
@@ -230,6 +228,21 @@ METHODS = {"direct": Method(steer=None), "budget": Method(),
            "majority": Method(fold=most_voted), "coverage": Method(fold=any_right)}
 
 
+def settings(args):
+    """The runs that the flags ask for. BadInput where samples of a question would be alike."""
+    limits = [{"max_thinking": n} for n in args.budgets if n > 0]
+    samples = [{"samples": n} for n in args.samples]
+    numbers = {"budget": [*({"max_thinking": n} for n in args.budgets),
+                          *({"waits": n} for n in args.waits if n)],
+               "class": [{"max_thinking": SHORT}, {}], "majority": samples, "coverage": samples,
+               "rejection": [{**limit, "samples": max(args.samples)} for limit in limits]}
+    asked = [Setting(method, **run) for method in args.method
+             for run in numbers.get(method, limits)]
+    if args.temperature == 0 and any(setting.samples > 1 for setting in asked):
+        raise BadInput("several answers to a question differ only with a --temperature above 0")
+    return asked
+
+
 def evaluate(sampler, chat, questions, setting, args, name=""):
     """Ask `questions` {index: question} in one setting; yield (index, row) as each is answered.
 
@@ -242,19 +255,16 @@ def evaluate(sampler, chat, questions, setting, args, name=""):
     prompts = [chat.prompt(setting.question(question["question"], args.step_tokens),
                            thinking=budget is not None) for question in questions.values()]
     refuse_too_long(prompts, sampler.max_length, budget.closing if budget else args.max_answer)
-    places, waiting = list(questions), {}
     answers = sampler.generate(
         prompts, budget, setting.samples, None if budget else args.max_answer, chat.stops,
         **sampling(args))
+    places, samples = list(questions), defaultdict(dict)
     for row in tqdm(answers, desc=name, total=len(prompts) * setting.samples, unit="row",
                     leave=False, disable=None, dynamic_ncols=True):
         index = places[row.index]
-        samples = waiting.setdefault(index, {})
-        samples[row.sample] = result(row, chat, questions[index])
-        if len(samples) == setting.samples:
-            rows = [samples[i] for i in range(setting.samples)]
-            yield index, method.fold(rows)
-            del waiting[index]
+        samples[index][row.sample] = result(row, chat, questions[index])
+        if len(samples[index]) == setting.samples:
+            yield index, method.fold([row for _, row in sorted(samples.pop(index).items())])
 
 
 def result(row, chat, question):
@@ -282,56 +292,6 @@ def refuse_too_long(prompts, length, closing):
                        f"into {length} (--max-length)")
 
 
-class Journal:
-    """Rows as they come, a line each, so that a killed evaluation goes on where it stopped.
-
-    Every process appends to a file of its own, and reads those of all. A line that a kill has torn
-    is cut off. BadInput where the directory holds rows of another evaluation.
-    """
-
-    def __init__(self, directory, arguments, rank, overwrite):
-        said = directory / "arguments.json"
-        text = json.dumps(arguments, indent=2, default=str) + "\n"
-        if rank == 0:
-            if said.is_file() and said.read_text(encoding="utf-8") != text:
-                if not overwrite:
-                    raise BadInput(f"{directory} holds a part of an evaluation with other "
-                                   f"arguments or weights: --overwrite it")
-                shutil.rmtree(directory)
-            directory.mkdir(parents=True, exist_ok=True)
-            for path in directory.glob("rows.*.jsonl"):
-                whole = path.read_bytes()
-                with open(path, "r+b") as file:
-                    file.truncate(whole.rfind(b"\n") + 1)
-            said.write_text(text, encoding="utf-8")
-        wait_for_all()
-        self.done = {}
-        for path in sorted(directory.glob("rows.*.jsonl")):
-            for line in path.read_text(encoding="utf-8").splitlines():
-                run, index, row = json.loads(line)
-                self.done.setdefault(run, {})[index] = row
-        wait_for_all()
-        self.file = open(directory / f"rows.{rank}.jsonl", "a", encoding="utf-8")
-
-    def add(self, run, index, row):
-        self.file.write(json.dumps([run, index, row]) + "\n")
-        self.file.flush()
-
-
-def wait_for_all():
-    if distributed.is_initialized():
-        distributed.barrier()
-
-
-def share(rows):
-    """The rows {index: row} of all processes together."""
-    if not distributed.is_initialized():
-        return rows
-    parts = [None] * distributed.get_world_size()
-    distributed.all_gather_object(parts, rows)
-    return {index: row for part in parts for index, row in part.items()}
-
-
 # ---- Measures -------------------------------------------------------------------------------
 
 
@@ -353,11 +313,10 @@ def wilson(correct, n, z=1.96):
 def gain(rows, others, z=1.96):
     """Points that `rows` gained over `others`, question by question: mean, 95% interval, and the p
     of an exact sign test on the questions that only one of them has right (McNemar's)."""
-    differences = [100 * (row["correct"] - other["correct"]) for row, other in zip(rows, others)]
-    mean = statistics.fmean(differences)
-    half = z * statistics.pstdev(differences) / math.sqrt(len(differences))
-    better, either = sum(d > 0 for d in differences), sum(d != 0 for d in differences)
-    tail = sum(math.comb(either, k) for k in range(min(better, either - better) + 1))
+    points = 100 * np.array([float(a["correct"]) - b["correct"] for a, b in zip(rows, others)])
+    mean, half = points.mean(), z * points.std() / math.sqrt(len(points))
+    either, fewer = np.count_nonzero(points), min((points > 0).sum(), (points < 0).sum())
+    tail = sum(math.comb(either, k) for k in range(fewer + 1))
     return mean, mean - half, mean + half, min(1.0, 2 * tail / 2 ** either)
 
 
@@ -378,26 +337,28 @@ def summarise(results, resamples=500):
     Performance: the best run. The intervals are those of the bootstrap: questions drawn anew.
     """
     kept = [run["kept"] for run, _ in results if run["kept"] is not None]
-    correct = np.array([[row["correct"] for row in rows] for _, rows in results], float)
-    tokens = np.array([[row["thinking_tokens"] for row in rows] for _, rows in results], float)
-    plain = [i for i, (run, _) in enumerate(results) if not run["waits"]]
-    draws = np.random.default_rng(0).integers(0, correct.shape[1], (resamples, correct.shape[1]))
+    plain = [not run["waits"] for run, _ in results]
+    correct, tokens = (np.array([[row[key] for row in rows] for _, rows in results], float)
+                       for key in ("correct", "thinking_tokens"))          # (runs, questions)
 
-    def of(draw=slice(None)):
+    def of(draw):
         right, thought = correct[:, draw].mean(1), tokens[:, draw].mean(1)
-        return {"scaling_points_per_doubling": scaling(thought[plain], right[plain]),
-                "scaling_points_per_1000_tokens": scaling(thought[plain], right[plain],
-                                                          lambda a: a / 1000),
+        points = thought[plain], right[plain]
+        return {"scaling_points_per_doubling": scaling(*points),
+                "scaling_points_per_1000_tokens": scaling(*points, lambda a: a / 1000),
                 "performance": 100 * right.max()}
-    found, again = of(), [of(draw) for draw in draws]
-    for name in list(found):
+    n = correct.shape[1]
+    found = of(slice(None))
+    again = [of(draw) for draw in np.random.default_rng(0).integers(0, n, (resamples, n))]
+    for name in [name for name in found if found[name] is not None]:
         values = [one[name] for one in again if one[name] is not None]
-        if found[name] is not None:
-            found[f"{name}_interval"] = np.percentile(values, (2.5, 97.5)).round(2).tolist()
+        found[f"{name}_interval"] = np.percentile(values, (2.5, 97.5)).round(2).tolist()
     return {"control": 100 * sum(kept) / len(kept) if kept else None, **found}
 
 
 # ---- The report -----------------------------------------------------------------------------
+
+HEADER = f"{'model':16} {'thinking budget':18} {'thought':>8} {'right':>7} {'95% interval':14}"
 
 
 def line(run):
@@ -407,20 +368,15 @@ def line(run):
             f"{'█' * round(50 * run['accuracy'])}")
 
 
-HEADER = f"{'model':16} {'thinking budget':18} {'thought':>8} {'right':>7} {'95% interval':14}"
-
-
 def in_words(run):
     """What a run asked for."""
-    if run["method"] == "direct":
-        return "no thinking"
-    if run["method"] == "class":
-        return f"class: {'long' if run['max_thinking'] < 0 else 'short'}"
-    budget = "unlimited" if run["max_thinking"] < 0 else str(run["max_thinking"])
-    if run["method"] in ("majority", "coverage"):
-        budget = f"of {run['samples']}"
-    return ("" if run["method"] == "budget" else f"{run['method']}: ") + budget + (
-        f" + {run['waits']} Wait" if run["waits"] else "")
+    method, limit = run["method"], run["max_thinking"]
+    asked = {"direct": "no thinking", "class": "long" if limit < 0 else "short"}
+    if method in ("majority", "coverage"):
+        asked[method] = f"of {run['samples']}"
+    budget = asked.get(method, "unlimited" if limit < 0 else str(limit))
+    waits = f" + {run['waits']} Wait" if run["waits"] else ""
+    return ("" if method in ("direct", "budget") else f"{method}: ") + budget + waits
 
 
 def side_by_side(students):
@@ -439,15 +395,9 @@ def report(name, results):
     print(f"\n{name:22} control  points per doubling     per 1,000 tokens  best run")
     for method in dict.fromkeys(run["method"] for run, _ in results):
         found = summaries[method] = summarise([r for r in results if r[0]["method"] == method])
-
-        def cell(key, width):
-            if found[key] is None:
-                return "-".rjust(width)
-            low, high = found[f"{key}_interval"]
-            return f"{found[key]:.1f} [{low:.1f}, {high:.1f}]".rjust(width)
         control = "-" if found["control"] is None else f"{found['control']:.0f}"
-        print(f"{method:22} {control:>7} {cell('scaling_points_per_doubling', 20)} "
-              f"{cell('scaling_points_per_1000_tokens', 20)} {found['performance']:8.1f}%")
+        print(f"{method:22} {control:>7} {cell(found, 'scaling_points_per_doubling'):>20} "
+              f"{cell(found, 'scaling_points_per_1000_tokens'):>20} {found['performance']:8.1f}%")
     unlimited = {run["waits"]: rows for run, rows in results
                  if run["method"] == "budget" and run["max_thinking"] < 0}
     for fewer, more in itertools.pairwise(sorted(unlimited)):
@@ -456,43 +406,49 @@ def report(name, results):
     return {**next(iter(summaries.values())), "methods": summaries}
 
 
+def cell(found, name):
+    """A measure and its interval; a single run has no Scaling."""
+    if found[name] is None:
+        return "-"
+    return "{:.1f} [{:.1f}, {:.1f}]".format(found[name], *found[f"{name}_interval"])
+
+
+# Okabe and Ito's, which the colour-blind tell apart; lines and marks differ too.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
 def draw(runs, path):
-    """The curve, accuracy against thinking tokens: one line a model and method, Waits as triangles.
-    Colours are Okabe and Ito's, which the colour-blind tell apart; lines and marks differ too."""
+    """Accuracy against thinking tokens: a line a model and method, triangles for Waits."""
     try:
-        import matplotlib
+        from matplotlib.figure import Figure
     except ImportError:
         print(f"no {path.name}: `pip install matplotlib` draws it next time")
         return
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-    figure, axes = pyplot.subplots(figsize=(7, 4.2), layout="constrained")
-    colours = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-    names = dict.fromkeys((run["model"], run["method"]) for run in runs)
-    for number, (model, method) in enumerate(sorted(names, key=lambda name: name[1] == "direct")):
-        mine = [run for run in runs if (run["model"], run["method"]) == (model, method)]
-        colour, style = colours[number % 7], ("-", "--", ":", "-.")[number % 4]
+    groups = defaultdict(list)
+    for run in runs:
+        groups[run["model"], run["method"], run["waits"] > 0].append(
+            [run[key] for key in ("thinking_tokens", "accuracy", "low", "high")])
+    names = sorted(dict.fromkeys(key[:2] for key in groups), key=lambda name: name[1] == "direct")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for (model, method, waits), points in groups.items():
+        tokens, right, *ends = np.array(sorted(points)).T * [[1], [100], [100], [100]]
+        number = names.index((model, method))
+        colour, style = COLOURS[number % 7], ("-", "--", ":", "-.")[number % 4]
         if method == "direct":
-            axes.axhline(100 * mine[0]["accuracy"], color=colour, linestyle=":", linewidth=1,
+            axes.axhline(right[0], color=colour, linestyle=":", linewidth=1,
                          label=f"{model}, no thinking")
             continue
-        for waits, marker in ((False, "osDvP"[number % 5]), (True, "^")):
-            points = sorted((run for run in mine if bool(run["waits"]) == waits),
-                            key=lambda run: run["thinking_tokens"])
-            if points:
-                bars = [[100 * abs(run["accuracy"] - run[end]) for run in points]
-                        for end in ("low", "high")]
-                label = model + ("" if method == "budget" else f", {method}")
-                axes.errorbar([run["thinking_tokens"] for run in points],
-                              [100 * run["accuracy"] for run in points], bars, color=colour,
-                              linestyle="" if waits else style, marker=marker, capsize=3,
-                              label=f"{label}, with Waits" if waits else label)
+        label = model + ("" if method == "budget" else f", {method}")
+        axes.errorbar(tokens, right, abs(ends - right), color=colour, capsize=3,
+                      linestyle="" if waits else style,
+                      marker="^" if waits else "osDvP"[number % 5],
+                      label=f"{label}, with Waits" if waits else label)
     axes.set(xlabel="thinking tokens, mean of the answers", ylabel="right answers, %",
-             ylim=(0, 100))
+             ylim=(0, 103))                     # a mark at 100% is seen whole
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8)
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def draw_again(paths):
@@ -505,14 +461,70 @@ def draw_again(paths):
         raise BadInput(f"no runs.jsonl of an evaluation: {error!r} is missing") from None
 
 
+# ---- The journal ----------------------------------------------------------------------------
+
+
+class Journal:
+    """Rows on the disk as they come, a line [index, row] each: a killed evaluation goes on where it
+    stopped, and processes share out its questions.
+
+    A run and a process have a file, RUN.RANK.jsonl; every process reads those of all. BadInput
+    where the directory holds a part of an evaluation with other arguments.
+    """
+
+    def __init__(self, directory, arguments, overwrite):
+        self.directory, self.runs = directory, itertools.count()
+        self.rank, self.world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+        said = directory / "arguments.json"
+        text = json.dumps(arguments, indent=2, default=str) + "\n"
+        if self.rank == 0:
+            if said.is_file() and said.read_text(encoding="utf-8") != text:
+                if not overwrite:
+                    raise BadInput(f"{directory} holds a part of an evaluation with other "
+                                   f"arguments or weights: --overwrite it")
+                shutil.rmtree(directory)
+            directory.mkdir(parents=True, exist_ok=True)
+            said.write_text(text, encoding="utf-8")
+        wait_for_all()
+
+    def complete(self, questions, answer):
+        """The rows of the next run, one for each of the questions. What is missing of this
+        process's share is asked: answer({index: question}) yields (index, row)."""
+        run = next(self.runs)
+        done = self.rows(run)
+        mine = {i: question for i, question in enumerate(questions)
+                if i not in done and i % self.world == self.rank}
+        with open(self.directory / f"{run}.{self.rank}.jsonl", "a", encoding="utf-8") as file:
+            for index, row in answer(mine):
+                # A kill may have torn the last line, so the line break comes first.
+                file.write("\n" + json.dumps([index, row]))
+                file.flush()
+        wait_for_all()
+        rows = self.rows(run)
+        return [rows[i] for i in range(len(questions))]
+
+    def rows(self, run):
+        """{index: row} of all processes."""
+        rows = {}
+        for path in self.directory.glob(f"{run}.*.jsonl"):
+            for line in path.read_text(encoding="utf-8").splitlines():
+                with contextlib.suppress(ValueError):       # torn
+                    rows.update([json.loads(line)])
+        return rows
+
+
+def wait_for_all():
+    if distributed.is_initialized():
+        distributed.barrier()
+
+
 # ---- The program ----------------------------------------------------------------------------
 
 
 def arguments():
     parser = Parser(description=__doc__.split("\n")[0])
     add = parser.add_argument
-    add("question", nargs="?",
-        help="ask only this, and watch it think: last of --budgets, first of --waits")
+    add("question", nargs="?", help="only this, watched: last of --budgets, first of --waits")
     model_flags(add, nargs="+", default=["out/student"])
     add("--base", default="assets/countdown-base", help="directory to compare with, '' for none")
     add("--method", nargs="+", choices=[m for m in METHODS if m != "direct"], default=["budget"],
@@ -521,19 +533,15 @@ def arguments():
         help="thinking tokens at most; -1 is no limit")
     add("--waits", type=at_least(0), nargs="+", default=[1, 2],
         help="how many ends of thinking become a Wait, thinking unlimited; 0 for none")
-    add("--wait", nargs="+", default=["Wait"],
-        help="what is appended where thinking wanted to end; several are used in turn")
+    add("--wait", nargs="+", default=["Wait"], help="what goes in there; several in turn")
     add("--grace", type=at_least(0, float), default=0.0,
         help="share of a budget by which thinking may pass it to finish its line")
     add("--max-answer", type=at_least(1), default=32, help="tokens of the answer")
     add("--samples", type=at_least(1), nargs="+", default=[1, 2, 4, 8],
-        help="answers to a question, for majority and coverage")
-    add("--tries", type=at_least(1), default=8, help="for rejection: answers drawn at most")
-    add("--step-tokens", type=at_least(1), default=40,
-        help="for steps: tokens that a step counts, Countdown's about so many")
+        help="answers to a question, for majority and coverage; rejection draws the largest number")
+    add("--step-tokens", type=at_least(1), default=40, help="for steps: tokens that one counts")
     add("--questions", help="file of questions and answers (default: Countdown's)")
-    add("--part", choices=("test", "tune"), default="test",
-        help="Countdown's held-out questions, or those to tune on")
+    add("--part", choices=("test", "tune"), default="test", help="Countdown: held out, or to tune")
     add("--n", type=at_least(1), help="how many questions (default: Countdown 500, a file all)")
     add("--slots", type=at_least(1), default=64, help="rows side by side")
     add("--max-length", type=at_least(1), default=768,
@@ -552,10 +560,6 @@ def main():
         elif args.question:
             ask(args)
         else:
-            if int(os.environ.get("WORLD_SIZE", 1)) > 1:        # torchrun
-                distributed.init_process_group("gloo")
-                if args.device == "cuda":
-                    args.device = f"cuda:{os.environ['LOCAL_RANK']}"
             compare(args)
 
 
@@ -572,58 +576,42 @@ def ask(args):
     print(f"({thought.tokens} thinking tokens, {thought.waits} Wait, ended: {thought.ended})")
 
 
-def settings(args):
-    """The runs that the flags ask for."""
-    for method in args.method:
-        if method in ("majority", "coverage"):
-            yield from (Setting(method, samples=n) for n in args.samples)
-        elif method == "class":
-            yield from (Setting(method, SHORT), Setting(method))
-        elif method == "rejection":
-            yield from (Setting(method, n, samples=args.tries) for n in args.budgets if n > 0)
-        elif method == "budget":
-            yield from (Setting(method, n) for n in args.budgets)
-            yield from (Setting(method, waits=n) for n in args.waits if n)
-        else:
-            yield from (Setting(method, n) for n in args.budgets if n > 0)
-
-
 def compare(args):
     """Evaluate base and students in all settings; print, and write MODEL/eval."""
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    asked = list(settings(args))
-    if args.temperature == 0 and any(setting.samples > 1 for setting in asked):
-        raise BadInput("several answers to a question differ only with a --temperature above 0")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:                # torchrun
+        distributed.init_process_group("gloo")
+        if args.device == "cuda":
+            args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+    asked, models = settings(args), [*filter(None, [args.base]), *args.model]
     for directory in args.model:
         if home(directory).exists() and not args.overwrite:
             raise BadInput(f"{home(directory)} already holds an evaluation: --overwrite it")
-    for directory in filter(None, [args.base, *args.model]):
+    for directory in models:
         load(directory, args)            # complain about the last one now, not after the first
     questions = (load_questions(args.questions, args.seed)[:args.n] if args.questions
                  else countdown_questions(args.part, args.n or 500, args.seed))
-    weights = [[path.name, path.stat().st_size, path.stat().st_mtime_ns]
-               for directory in filter(None, [args.base, *args.model])
-               for path in sorted(Path(local(directory)).glob("*.safetensors"))]
-    draft = home(args.model[0]).with_name("eval.draft")
-    said = {key: value for key, value in vars(args).items() if key not in ("overwrite", "device")}
-    journal = Journal(draft, {**said, "weights": weights}, rank, args.overwrite)
-    with open(os.devnull, "w") if rank else contextlib.nullcontext(sys.stdout) as out, (
-            contextlib.redirect_stdout(out)):
-        what = args.questions or f"{args.part}"
-        print(f"{len(questions)} questions to {what}, seed {args.seed}\n\n{HEADER}", flush=True)
-        every, students = [Setting("direct"), *asked], []
-        base = examine(args.base, questions, every, args, journal, rank, world) if args.base else []
-        for directory in args.model:
-            student = examine(directory, questions, asked, args, journal, rank, world)
-            summary = report(Path(directory).name, student)
-            students.append([run for run, _ in student])
-            if rank == 0:
-                write(home(directory), base + student, summary)
-            print(flush=True)
-        if len(students) > 1:
-            side_by_side(students)
-    if rank == 0:
-        shutil.rmtree(draft)
+    journal = Journal(home(args.model[0]).with_name("eval.draft"), identity(args, models),
+                      args.overwrite)
+    if journal.rank > 0:
+        sys.stdout = open(os.devnull, "w")                      # one of them speaks
+    print(f"{len(questions)} questions to {args.questions or args.part}, seed {args.seed}\n\n"
+          f"{HEADER}", flush=True)
+    base, students = [], []
+    if args.base:                        # a student opens the thinking by itself: no direct answers
+        every = [Setting("direct", 0), *asked]
+        base = examine(args.base, questions, every, args, journal)
+    for directory in args.model:
+        student = examine(directory, questions, asked, args, journal)
+        summary = report(Path(directory).name, student)
+        students.append([run for run, _ in student])
+        if journal.rank == 0:
+            write(home(directory), base + student, summary)
+        print(flush=True)
+    if len(students) > 1:
+        side_by_side(students)
+    wait_for_all()                       # until all have read it
+    if journal.rank == 0:
+        shutil.rmtree(journal.directory)
 
 
 def home(name):
@@ -631,30 +619,28 @@ def home(name):
     return (Path(name) if Path(name).is_dir() else Path("out", Path(name).name)) / "eval"
 
 
-def examine(directory, questions, asked, args, journal, rank, world):
-    """All runs of one model, each printed as it is done: [(run, its rows)]. `direct` is an answer
-    without thinking, which only a base can give: a student opens the thinking by itself."""
+def identity(args, models):
+    """All that makes an evaluation this one: its arguments, and the weights."""
+    weights = [[path.name, path.stat().st_size, path.stat().st_mtime_ns]
+               for name in models for path in sorted(Path(local(name)).glob("*.safetensors"))]
+    said = {key: value for key, value in vars(args).items() if key not in ("overwrite", "device")}
+    return {**said, "weights": weights}
+
+
+def examine(directory, questions, asked, args, journal):
+    """All runs of one model, each printed as it is done: [(run, its rows)]."""
     model, chat = load(directory, args)
     length = min(args.max_length, model.config.max_position_embeddings)
     sampler = Sampler(model, args.slots, length, args.compile)
-    results = []
+    results, name = [], Path(directory).name
     for setting in asked:
-        what = {"model": Path(directory).name, **asdict(setting), "seed": args.seed}
-        if setting.method == "direct":
-            what["max_thinking"] = 0
-        run = json.dumps([directory, *what.values()])
-        rows = journal.done.get(run, {})
-        mine = {i: q for i, q in enumerate(questions) if i not in rows and i % world == rank}
-        fresh = {}
-        for index, row in evaluate(sampler, chat, mine, setting, args, what["model"]):
-            journal.add(run, index, row)
-            fresh[index] = row
-        rows = rows | share(fresh)
-        rows = [{**what, **rows[index]} for index in range(len(questions))]
-        measured = measure(rows, **what)
-        measured["kept"] = setting.kept(measured["thinking_tokens"])
-        results.append((measured, rows))
-        print(line(measured), flush=True)
+        rows = journal.complete(
+            questions, lambda mine: evaluate(sampler, chat, mine, setting, args, name))
+        what = {"model": name, **asdict(setting), "seed": args.seed}
+        run = measure(rows, **what)
+        run["kept"] = setting.kept(run["thinking_tokens"])
+        results.append((run, [what | row for row in rows]))
+        print(line(run), flush=True)
     return results
 
 
@@ -663,11 +649,11 @@ def write(directory, results, summary):
     draft = directory.with_name(directory.name + ".new")
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
-    for name, objects in (("runs.jsonl", [run for run, _ in results]),
-                          ("rows.jsonl", [row for _, rows in results for row in rows])):
+    runs, rows = zip(*results)
+    for name, objects in (("runs.jsonl", runs), ("rows.jsonl", itertools.chain(*rows))):
         (draft / name).write_text("".join(json.dumps(o) + "\n" for o in objects), encoding="utf-8")
     (draft / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
-    draw([run for run, _ in results], draft / "curve.png")
+    draw(runs, draft / "curve.png")
     shutil.rmtree(directory, ignore_errors=True)
     draft.rename(directory)
     print(f"wrote {directory}")

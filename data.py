@@ -6,12 +6,12 @@ Out:  training examples as token ids, packed batches, and verdicts on answers.
 Map:  Complaints   one clear line for bad input
       Chat         Qwen's chat text and s1's thinking delimiters as tokens
       Files        rows of JSON in and out
-      Countdown    the tiny task: questions, a teacher that thinks in text, pieces of pre-training
+      Countdown    the tiny task: questions, and a teacher that thinks in text
       Answers      find the answer in a text, say whether it is right
       Asking a teacher   questions to any chat endpoint, traces back, each line kept
       Choosing     from many traces to a thousand: s1's stages, and the paper's ablations
       Packing      examples into rows of tokens, the loss mask, the order of an epoch
-      Commands     python data.py show | stats | countdown | teacher | select | tokenizer
+      Commands     python data.py show | stats | countdown | teacher | select
 """
 import argparse
 import cmath
@@ -26,6 +26,7 @@ import ipaddress
 import itertools
 import json
 import math
+import operator
 import os
 import queue
 import random
@@ -70,6 +71,8 @@ def complaints(*kinds):
 
 
 class Help(argparse.ArgumentDefaultsHelpFormatter):
+    """Defaults in --help, but none where there is nothing to say."""
+
     def _get_help_string(self, action):
         nothing = action.default is None or action.default is False
         return action.help if nothing else super()._get_help_string(action)
@@ -420,6 +423,7 @@ KINDS = {"tokens": "{question} Think for up to {limit} tokens.",
 
 
 def ask_for(question, kind, limit):
+    """The question with its limit, as KINDS[kind] words it; without a kind the question."""
     return KINDS[kind].format(question=question, limit=limit) if kind else question
 
 
@@ -478,10 +482,12 @@ def walk(position):
 
 
 def leaves(numbers):
+    """The position at the start: each number is its own expression."""
     return [(number, str(number)) for number in numbers]
 
 
 def reachable(numbers):
+    """All values that the numbers can make."""
     return {left[0][0] for _, left in walk(leaves(numbers)) if len(left) == 1}
 
 
@@ -495,6 +501,7 @@ def split(numbers, target):
 
 
 def ask(numbers, target):
+    """The question's text."""
     listed = ", ".join(map(str, numbers[:-1])) + f" and {numbers[-1]}"
     return f"Use {listed} with + - * to make {target}."
 
@@ -604,131 +611,6 @@ def countdown_pool(n, seed):
                          "".join(sorted(re.sub(r"[^-+*]", "", sure)))}
 
 
-# The pieces of pre-training: what a base has before it sees one trace. No piece shows a question
-# with thinking behind it, and none the teacher's order: here everything comes in random order.
-
-
-@functools.cache
-def all_tries():
-    """Every first step with all its tries, for training questions only, by numbers and by value.
-
-    A try is (line, value, expression). What would make a held-out question is left out.
-    """
-    by_numbers, by_value = {}, {}
-    for numbers in itertools.product(range(1, LARGEST + 1), repeat=3):
-        if numbers[0] * numbers[1] * numbers[2] > PRODUCT:
-            continue
-        for line, left in moves(leaves(numbers)):
-            tries = [(second, last[0][0], last[0][1][1:-1]) for second, last in moves(left)]
-            tries = [t for t in tries if split(numbers, t[1]) == "train"]
-            if tries:
-                by_numbers.setdefault(numbers, []).append((line, tries))
-            for value in {t[1] for t in tries}:
-                by_value.setdefault(value, []).append((line, tries))
-    return by_numbers, by_value
-
-
-def some_tries(rng, steps):
-    """One of the first steps, and one to all of its tries in random order."""
-    line, tries = rng.choice(steps)
-    return line, rng.sample(tries, rng.randint(1, len(tries)))
-
-
-def piece_listing(rng):
-    """What three numbers can make."""
-    by_numbers, _ = all_tries()
-    numbers = rng.choice(list(by_numbers))
-    lines = [f"From {numbers[0]}, {numbers[1]} and {numbers[2]}:"]
-    for _ in range(rng.randint(2, 8)):
-        line, tries = some_tries(rng, by_numbers[numbers])
-        lines += [line, *(t[0] for t in tries)]
-    return lines
-
-
-def piece_sums(rng):
-    """Lines of arithmetic over all that two numbers can come to."""
-    lines = []
-    for _ in range(rng.randint(10, 35)):
-        a, b = rng.randint(0, LARGEST * LARGEST), rng.randint(1, LARGEST)
-        op = rng.choice("+-*" if a * b <= PRODUCT else "+-")
-        lines.append(join((a, ""), (b, ""), op)[0])
-    return lines
-
-
-def piece_writing(rng):
-    """A hit as one expression, and that expression again behind what comes between."""
-    _, by_value = all_tries()
-    lines = []
-    for _ in range(rng.randint(1, 4)):
-        target = rng.choice(list(by_value))
-        line, tries = some_tries(rng, by_value[target])
-        hit, _, expression = next((t for t in tries if t[1] == target), tries[-1])
-        value = int(hit.split("=")[1])
-        misses = [f"{second} no" for second, other, _ in tries if other != value]
-        again = [f"Wait, is {value} {value}? ok", f"So {expression}"] * rng.randint(0, 4)
-        lines += [f"make {value}.", line, *misses, f"{hit} ok", f"So {expression}", *again,
-                  f"Answer: {expression}"]
-    return lines
-
-
-def piece_checking(rng):
-    """Tries held against a target, each from other numbers, so that guessing is not practised.
-
-    Hits and misses mixed; a verdict may be wrong at first and is put right behind a `Wait`, hits
-    as often as misses, so that copying the value or the first verdict will not do.
-    """
-    by_numbers, by_value = all_tries()
-    target = rng.randint(1, HIGHEST)
-    lines = [f"make {target}."]
-    for _ in range(rng.randint(2, 12)):
-        near = target + rng.choice((0, 0, 0, rng.randint(-3, 3)))       # hits, and near misses
-        steps = by_value.get(near) if rng.random() < 0.75 else None
-        line, tries = some_tries(rng, steps or by_numbers[rng.choice(list(by_numbers))])
-        lines.append(line)
-        for second, value, _ in tries:
-            right, wrong = value == target, rng.random() < 0.06
-            lines.append(f"{second} {'ok' if right != wrong else 'no'}")
-            if wrong or rng.random() < (0.2 if right else 0.06):
-                lines.append(f"Wait, is {value} {target}? {'ok' if right else 'no'}")
-    return lines
-
-
-def piece_comparing(rng):
-    """Bare values held against a target, as many hits as misses, many of them near."""
-    target = rng.randint(1, HIGHEST)
-    lines = [f"make {target}."]
-    for _ in range(rng.randint(5, 35)):
-        value = rng.choice((target, target, abs(target + rng.randint(-4, 4)),
-                            rng.randint(0, HIGHEST), rng.randint(0, PRODUCT)))
-        verdict = "ok" if value == target else "no"
-        lines.append(f"{value} {verdict}" if rng.random() < 0.7 else
-                     f"Wait, is {value} {target}? {verdict}")
-    return lines
-
-
-def piece_answering(rng):
-    """A training question with its answer and no thinking: (question, None, answer)."""
-    by_numbers, _ = all_tries()
-    numbers = rng.choice(list(by_numbers))
-    _, tries = some_tries(rng, by_numbers[numbers])
-    _, target, answer = tries[0]
-    if not 1 <= target <= HIGHEST:
-        return piece_answering(rng)
-    return ask(numbers, target), None, answer
-
-
-PIECES = {piece_sums: 0.2, piece_listing: 0.12, piece_writing: 0.16, piece_checking: 0.32,
-          piece_comparing: 0.13, piece_answering: 0.07}
-
-
-def countdown_pieces(n, seed):
-    """n documents of pre-training: plain text, or (question, None, answer)."""
-    rng = random.Random(f"pieces {seed}")
-    kinds = rng.choices(list(PIECES), list(PIECES.values()), k=n)
-    pieces = [kind(rng) for kind in kinds]
-    return [piece if isinstance(piece, tuple) else "\n".join(piece) for piece in pieces]
-
-
 # ---- Answers --------------------------------------------------------------------------------
 
 
@@ -770,291 +652,239 @@ def calculate(text):
     if len(text) > 100 or re.search(r"[^-+*()0-9\s]|[0-9]\s+[0-9]|[0-9)]\s*\(|\)\s*[0-9]|"
                                     r"(^|[-+*(])\s*[-+*]", text):
         raise ValueError(f"not an expression: {text[:50]!r}")
-    try:
-        value = Formula(text).all()
-    except IndexError:
-        raise ValueError(f"not an expression: {text!r}") from None
-    return value, [int(number) for number in re.findall("[0-9]+", text)]
+    return Formula(re.findall(r"[0-9]+|\S", text)).whole(), [*map(int, re.findall("[0-9]+", text))]
 
 
 def equal(found, answer):
     """Do two answers, in LaTeX or plain, say the same? Strict: a decimal is no fraction that it
     only comes near to, a set has no order and a tuple has one. Units are not compared."""
-    if tidy(found) == tidy(answer):
-        return bool(tidy(answer))
-    return any(same(a, b) for a, b in zip(readings(found), readings(answer)))
+    found, answer = tidy(found), tidy(answer)
+    if found == answer:
+        return bool(answer)
+    try:
+        return same(solutions(found), solutions(answer))
+    except (ValueError, TypeError, ArithmeticError):            # one of them is no formula
+        return False
 
 
-# What is written differently and means the same, in the order in which it is put right.
+# What is written differently and means the same is put right in two steps: by these patterns, in
+# this order, and then token by token, so that a Formula knows one spelling of each sign.
 SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
-    (r",\\!\s*|\{,\}", ","), (r"\\(begin|end)\s*\{[a-z]{1,9}\}", r"\\\1 "),
-    (r"(?<!\\)\\(?:left|right|displaystyle|bigg?|Bigg?|limits|[,!;: ])(?![a-zA-Z])", ""),
-    (r"~|\\?\$|\u200b", ""),
-    ("\u2212", "-"), ("\u00d7|\u00b7", r"\\cdot "), ("\u03c0", r"\\pi "), ("\u221e", r"\\infty "),
-    ("\u221a", r"\\sqrt "), ("\u00b0", ""), (r"\\(?:dfrac|tfrac|cfrac)", r"\\frac"),
-    (r"\^\s*\{?\s*\\circ\s*\}?|\\degree|\\%|%", ""),
+    (r",\\!\s*|\{,\}", ","), (r"(?<!\\)\\[,!;: ]", ""),        # 10,\!080 and 1{,}000
+    (r"\\(?:left|right|[bB]igg?|displaystyle|limits)(?![a-zA-Z])", ""),
+    ("~", " "), (r"\\?[$%]|[°\u200b]|\\degree|\^\s*\{?\s*\\circ\s*\}?", ""),
     (r"\\(?:mathrm|mathbf|textbf|mbox|textrm|operatorname)\b", r"\\text"),
-    (r"\\text\s*\{\s*(?:and|or)\s*\}", ","), (r"\\(le|ge|ne)q(?![a-zA-Z])", r"\\\1 "),
-    (r"\\(?:lbrace|\{)", "\u27e8"), (r"\\(?:rbrace|\})", "\u27e9"),
-    (r"\\(?:times|ast)(?![a-zA-Z])", r"\\cdot "),
-    (r"(?<=[^\s(,=])\s*\\text\s*\{[^{}]*\}(?:\s*\^\s*\{?\d\}?)?\s*$", ""),         # a unit
-    (r"(?<=\d)\s*(?:[a-zA-Z]{3,}\s*)+\.?$|(?<=\d)\s+(?:cm|mm|km|m|kg|g|s|h)(?:\^?\d)?\.?$", ""),
-    (r"\\text\s*\{([^{}]*)\}", r"\1"), (r"\s*\.\s*$", ""))]
+    (r"\\text\s*\{\s*(?:and|or)\s*\}", ","),
+    (r"(?<=[^\s(,=])\s*\\text\s*\{[^{}]*\}(?:\s*\^\s*\{?[0-9]\}?)?$", ""),         # a unit
+    (r"(?<=[0-9])\s+(?:[a-zA-Z]{3,}(?:\s+[a-zA-Z]{3,})*|[ckm]?m|k?g|s|h)(?:\^[0-9])?\.?$", ""),
+    (r"\\text\s*\{([^{}]*)\}", r"\1"),
+    (r"(?:\\\\\s*)?\\end\s*\{[a-z]+\}", r"\\end "), (r"\\begin\s*\{[a-z]+\}", r"\\begin "),
+    (r"(?<=[0-9])\s*(?=\\[dtc]?frac)", r"\\mixed "),            # 1\frac{4}{5}
+    (r"^(?:\\[a-z]+|[a-zA-Z](?:\([a-zA-Z]\))?|\([a-z](?:, ?[a-z])*\))\s*"
+     r"(?:=|\\in\b)(?=[^=]*$)", ""),                            # x =, f(x) =, (x, y) =
+    (r"\.$", ""), (r"^([A-Z])[):]$", r"\1"))]
+TOKEN = re.compile(
+    # 1,000 is a number; (100,200) is two
+    r"(?<![(\[,.])(?<![(\[]\s)(?<!\\\{)[0-9]{1,3}(?:,[0-9]{3})+(?![0-9,])(?:\.[0-9]+)?"
+    r"|[0-9]+(?:\.[0-9]+)?|\.[0-9]+|\\[a-zA-Z]+|\\\S|[a-zA-Z]{3,}|\S")
+PLAIN = {spelling: plain for plain, spellings in {
+    "*": r"\cdot \times \ast × ·", "/": r"\div", "-": "\u2212", ",": ";", r"\pm": "±",
+    r"\frac": r"\dfrac \tfrac \cfrac", r"\binom": r"\dbinom", r"\sqrt": "√", r"\pi": "π",
+    r"\infty": "∞", r"\cup": "∪", r"\le": r"\leq ≤", r"\ge": r"\geq ≥", r"\ne": r"\neq ≠",
+    r"\{": r"\lbrace", r"\}": r"\rbrace"}.items()
+    for spelling in spellings.split()}
 
 
 def tidy(text):
-    """An answer without what does not count: spelling, spaces, units, `x =` before the value."""
-    text = text[:1000].strip()
+    """An answer as tokens, without what does not count: spelling, spaces, units, `x =` before the
+    value. Words are in lower case; what is longer than 1,000 characters stays as it is."""
+    text, tokens = text.strip(), []
+    if len(text) > 1000:
+        return [text]
     for pattern, new in SPELLINGS:
         text = pattern.sub(new, text).strip()
-    named = re.fullmatch(r"(?:\\[a-z]+|[a-zA-Z](?:\([a-zA-Z]\))?|\([a-z](?:, ?[a-z])*\))\s*"
-                         r"(?:=|\\in\b)([^=]*)", text)
-    text = named[1].strip() if named else text
-    letter = re.fullmatch(r"\(?([A-Z])\s*[).:]?", text)
-    return letter[1] if letter else text
+    for token in TOKEN.findall(text):
+        if token[0] in "0123456789":
+            token = token.replace(",", "")
+        elif len(token) > 1 and token.isalpha():
+            token = token.lower()
+        tokens.append(PLAIN.get(token, token))
+    return tokens
 
 
-def readings(text):
-    """Parsed once with and once without `1,000` as one number; None where it is no formula."""
-    text = tidy(text)
-    grouped = re.sub(r"(?<![\d,.])\d{1,3}(?:,\d{3})+(?![\d,])", lambda m: m[0].replace(",", ""),
-                     text)
-    for variant in (grouped, grouped if grouped.isdigit() else text):
-        if re.search(r"(?<![\\a-zA-Z])[a-zA-Z]{3,}", variant):
-            yield re.sub(r"\s+", " ", variant).lower()      # words, not a product of letters
-            continue
-        try:
-            yield Formula(variant).all()
-        except (ValueError, ArithmeticError, IndexError, RecursionError):
-            yield None
+@dataclasses.dataclass(frozen=True)
+class Several:
+    """A list, set, matrix, inequality, ... Arithmetic with it is a TypeError: it is no number."""
+    kind: str                   # the sign between them, or the brackets around them
+    items: tuple
+
+
+def solutions(tokens):
+    """What an answer says: the set of its values, for most answers of one; \\pm is read twice."""
+    found = []
+    for sign in "+-" if r"\pm" in tokens else "+":
+        value = Formula([sign if token == r"\pm" else token for token in tokens]).whole()
+        listed = isinstance(value, Several) and value.kind in (",", r"\{\}")
+        found += [one for one in (value.items if listed else (value,))
+                  if sign == "+" or not any(same(one, other) for other in found)]
+    return Several(r"\{\}", tuple(found))
 
 
 def same(a, b):
     """Equal values: numbers exactly where both are rational, else to 9 digits; lists by place, sets
     without order."""
-    if type(a) is tuple and type(b) is tuple:
-        if len(a) != len(b) or a[0] != b[0]:
-            return False
-        if a[0] != "set":
-            return all(map(same, a[1:], b[1:]))
-        left = list(b[1:])
-        for one in a[1:]:
-            twin = next((i for i, other in enumerate(left) if same(one, other)), None)
-            if twin is None:
-                return False
-            del left[twin]
-        return True
-    if a is None or type(a) in (str, tuple) or type(b) in (str, tuple, type(None)):
-        return a is not None and a == b
-    if isinstance(a, Fraction) and isinstance(b, Fraction):
-        return a == b
-    try:
-        return cmath.isclose(complex(a), complex(b), rel_tol=1e-9, abs_tol=1e-12)
-    except OverflowError:                       # too large for a float, and not both exact
+    if not isinstance(a, Several) and not isinstance(b, Several):
+        exact = isinstance(a, Fraction) and isinstance(b, Fraction)
+        return a == b if exact else cmath.isclose(a, b, rel_tol=1e-9, abs_tol=1e-12)
+    if type(a) is not type(b) or a.kind != b.kind or len(a.items) != len(b.items):
         return False
+    if a.kind not in (r"\{\}", r"\cup", r"\cap"):
+        return all(map(same, a.items, b.items))
+    left = list(b.items)
+    for one in a.items:
+        twin = next((i for i, other in enumerate(left) if same(one, other)), None)
+        if twin is None:
+            return False
+        del left[twin]
+    return True
+
+
+def raised(base, exponent):
+    """base ** exponent; exact for a Fraction and a small whole exponent, bounded always."""
+    if isinstance(base, Fraction) and isinstance(exponent, Fraction) and exponent.denominator == 1:
+        size = max(base.numerator.bit_length(), base.denominator.bit_length())
+        if size * abs(exponent) < 10_000:
+            return base ** int(exponent)
+    return complex(base) ** complex(exponent)
+
+
+def mixed(whole, part):
+    """1\\frac{4}{5} is a sum, 2\\frac{x}{5} a product."""
+    numbers = isinstance(whole, Fraction) and isinstance(part, Fraction)
+    return whole + part if numbers and whole.denominator == 1 and 0 < part < 1 else whole * part
+
+
+def small(value):
+    """The int of which a factorial may be taken."""
+    if not isinstance(value, Fraction) or value.denominator > 1 or not 0 <= value < 99:
+        raise ValueError("no small whole number")
+    return int(value)
+
+
+# Signs between two values, from those that bind least; the last line binds most.
+LEVELS = {sign: level for level, signs in enumerate((
+    r"\\", "&", ",", r"= < > \le \ge \ne \in :", r"\cup \cap", "+ -", "* /", r"\mixed", "^ _ !"))
+    for sign in signs.split()}
+ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv,
+              r"\mixed": mixed, "^": raised}
+BRACKETS = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), r"\{": (r"\}",), "|": ("|",),
+            r"\begin": (r"\end",)}
+ENDS = {"", *itertools.chain(*BRACKETS.values())}
+CONSTANTS = {r"\pi": math.pi, "e": math.e, "i": 1j, r"\infty": 8.94427190999916e37}
+FUNCTIONS = {"\\" + name: getattr(cmath, name) for name in ("sin", "cos", "tan", "exp")} | {
+    r"\ln": cmath.log, r"\log": cmath.log10, r"\cot": lambda x: 1 / cmath.tan(x),
+    r"\sec": lambda x: 1 / cmath.cos(x), r"\csc": lambda x: 1 / cmath.sin(x),
+    r"\arcsin": cmath.asin, r"\arccos": cmath.acos, r"\arctan": cmath.atan}
 
 
 class Formula:
-    """A formula of LaTeX or plain text, read by recursive descent: ours and not Python's, for text
-    from a model is never evaluated. ValueError or ArithmeticError where it is none; length, depth
-    and the size of powers are bounded, and so is the work.
+    """A formula, read by precedence climbing: ours and not Python's, for text from a model is never
+    evaluated. ValueError, TypeError or ArithmeticError where it is none. Its length, the depth of
+    brackets and the size of powers are bounded, and so is the work.
 
-        all    := item {, item}            a set where there are several, \\pm makes two
-        item   := sum [= sum]              \\cup joins intervals
-        sum    := product {+- product}
-        product:= power {* / power}        also without a sign between: 2\\pi, 3(a+b)
-        power  := atom [^ atom] [!] [_ base]
+        formula := value {sign value}         sign: LEVELS; none between two values is a *
+        value   := number | letter | +- formula | formula in BRACKETS, in |...| its size
+                 | \\frac value value | \\binom value value | \\sqrt [formula] value
+                 | \\sin ^value formula        [ ]: it may be missing, as the power of a \\sin may
 
-    A value is a Fraction while it can be, then a complex number; a letter is a fixed number of its
-    own, so that equal polynomials have equal values; a list is ("set" or its brackets, *items).
+    A value is a Fraction while it can be, then a float or complex. A letter is a fixed number of
+    its own, so that equal polynomials have equal values; so is infinity. Signs that are no
+    ARITHMETIC make Several: x < 5, a matrix of rows (with \\\\ between them) of cells (with &).
     """
-    CONSTANTS = {"pi": math.pi, "e": math.e, "i": 1j, "infty": 8.94427190999916e37}
-    FUNCTIONS = {name: getattr(cmath, name) for name in
-                 ("sin", "cos", "tan", "exp", "sinh", "cosh", "tanh")} | {
-        "ln": cmath.log, "log": cmath.log10, "cot": lambda x: 1 / cmath.tan(x),
-        "sec": lambda x: 1 / cmath.cos(x), "csc": lambda x: 1 / cmath.sin(x),
-        "arcsin": cmath.asin, "arccos": cmath.acos, "arctan": cmath.atan}
 
-    def __init__(self, text):
-        if len(text) > 500:
+    def __init__(self, tokens):
+        if len(tokens) > 500:
             raise ValueError("too long for a formula")
-        self.tokens = re.findall(r"\d+(?:\.\d+)?|\.\d+|\\[a-zA-Z]+|\\\\|\S", text)[::-1]
-        self.depth, self.sign, self.twofold = 0, 1, False
+        self.tokens, self.depth = ["", *tokens[::-1]], 0        # the next is last, "" is the end
 
-    def take(self, *wanted):
-        return self.tokens.pop() if self.tokens and self.tokens[-1] in wanted else None
-
-    def need(self, wanted):
-        if not self.take(wanted):
-            raise ValueError(f"{wanted!r} is missing")
-
-    def all(self):
-        """The whole text as one value."""
-        whole, self.items = self.tokens[:], []
-        for self.sign in (1, -1):                   # \pm: once with plus, once with minus
-            self.tokens = whole[:]
-            self.items.append(self.list())
-            if self.tokens:
-                raise ValueError(f"{self.tokens[-1]!r} is left over")
-            if not self.twofold:
-                return self.items[0]
-        flat = [one for part in self.items
-                for one in (part[1:] if type(part) is tuple and part[0] == "set" else [part])]
-        unique = [one for i, one in enumerate(flat) if not any(same(one, b) for b in flat[:i])]
-        return ("set", *unique)
-
-    def list(self):
-        items = [self.item()]
-        while self.take(",", ";"):
-            items.append(self.item())
-        return ("set", *items) if len(items) > 1 else items[0]
-
-    def item(self):
-        value = self.sum()
-        if self.take("="):
-            return ("=", value, self.sum())
-        if sign := self.take(*SIGNS):
-            joined = ["set" if sign == "\\cup" else sign, value, self.sum()]
-            while self.take(sign):
-                joined.append(self.sum())
-            return tuple(joined)
+    def whole(self):
+        value = self.climb(0)
+        if self.tokens != [""]:
+            raise ValueError(f"{self.tokens[-1]!r} is left over")
         return value
 
-    def sum(self):
+    def climb(self, least):
+        """Values with signs between them that bind at `least` so much. In 2*3^4+5, climb(6) at the
+        beginning reads 2, takes *, has climb(7) read 3^4, and leaves + to who binds less."""
+        value = self.value(least)
+        while self.tokens[-1] not in ENDS:
+            sign = self.tokens[-1] if self.tokens[-1] in LEVELS else "*"
+            if LEVELS[sign] < least:
+                break
+            if self.tokens[-1] == sign:
+                self.tokens.pop()
+            if sign == "!":
+                value = Fraction(math.factorial(small(value)))
+                continue
+            right = self.climb(LEVELS[sign] + 1)
+            if sign in ARITHMETIC:
+                value = ARITHMETIC[sign](value, right)
+            else:
+                third = isinstance(value, Several) and value.kind == sign       # or fourth, ...
+                value = Several(sign, (*(value.items if third else [value]), right))
+        return value
+
+    def value(self, least=math.inf):
+        """A number, a letter, a command with what it takes, something in brackets, under a sign."""
         self.depth += 1
         if self.depth > 40:
             raise ValueError("nested too deep")
-        value = self.product()
-        while op := self.take("+", "-", "\\pm"):
-            value = self.number(value) + self.signed(op)
+        token = self.tokens.pop()
+        if re.match(r"\.?[0-9]", token):
+            value = Fraction(token)
+        elif token in ("+", "-"):                               # -2^2 is -4, 2^-2 is 1/4
+            value = self.climb(max(least, LEVELS["*"])) * {"+": 1, "-": -1}[token]
+        elif token in BRACKETS:
+            value = self.bracket(token)
+        elif token == r"\frac":
+            value = self.piece() / self.piece()
+        elif token == r"\binom":
+            value = Fraction(math.comb(small(self.piece()), small(self.piece())))
+        elif token == r"\sqrt":
+            root = self.value() if self.tokens[-1] == "[" else 2
+            value = raised(self.piece(), 1 / root)
+        elif token in FUNCTIONS:
+            power = 1
+            if self.tokens[-1] == "^":                          # \sin^2 x
+                self.tokens.pop()
+                power = self.piece()
+            value = raised(FUNCTIONS[token](self.climb(LEVELS["^"])), power)
+        elif token not in LEVELS and re.fullmatch(r"[a-zA-Z]|\\[a-zA-Z]+", token):
+            value = CONSTANTS.get(token, 0.5 + zlib.crc32(token.encode()) / 2**32)
+        else:
+            raise ValueError(f"{token!r} is not known")
         self.depth -= 1
         return value
-
-    def signed(self, op):
-        """The next product under its sign; of a \\pm first the one, then the other."""
-        self.twofold |= op == "\\pm"
-        return {"+": 1, "-": -1, "\\pm": self.sign}[op] * self.number(self.product())
-
-    def product(self):
-        if op := self.take("-", "+", "\\pm"):
-            return self.signed(op)
-        mixed = re.fullmatch(r"\d+", self.tokens[-1]) if self.tokens else None
-        value = self.power()
-        if mixed and self.tokens and self.tokens[-1] == "\\frac":
-            part = self.power()                     # 1\frac{4}{5}
-            plain = isinstance(part, Fraction) and 0 < part < 1
-            value = value + part if plain else value * self.number(part)
-        while self.tokens and self.tokens[-1] not in STOPS:
-            if self.take("/", "\\div"):
-                value = self.number(value) / self.number(self.power())
-            else:
-                self.take("*", "\\cdot")
-                value = self.number(value) * self.number(self.power())
-        return value
-
-    def power(self):
-        value = self.atom()
-        while op := self.take("^", "!", "_"):
-            value = self.number(value)
-            if op == "_":
-                value = ("_", value, self.atom())
-            elif op == "!":
-                value = Fraction(math.factorial(self.small(value)))
-            else:
-                value = raised(value, -self.number(self.atom()) if self.take("-")
-                               else self.number(self.atom()))
-        return value
-
-    def number(self, value):
-        if type(value) is tuple:
-            raise ValueError("a list is no number")
-        return value
-
-    def small(self, value):
-        if not isinstance(value, Fraction) or value.denominator > 1 or not 0 <= value < 99:
-            raise ValueError("no small whole number")
-        return int(value)
-
-    def atom(self):
-        """A number, a letter, a command, or something in brackets."""
-        token = self.tokens.pop()
-        if re.match(r"\.?\d", token):
-            return Fraction(token)
-        if token in "([{\u27e8":
-            value, closed = self.list(), self.tokens.pop()
-            if closed not in {"{": "}", "\u27e8": "\u27e9"}.get(token, ")]"):
-                raise ValueError("brackets that do not match")
-            plain = type(value) is not tuple or value[0] != "set"
-            if token == "\u27e8":
-                return ("set", value) if plain else value
-            if token + closed in ("()", "{}", "[]") and plain or token == "{":
-                return value
-            if plain:
-                raise ValueError("brackets that do not match")
-            return (token + closed, *value[1:])
-        if token == "|":
-            value = self.number(self.sum())
-            self.need("|")
-            return abs(value)
-        name = token.removeprefix("\\")
-        if name == "frac":
-            return self.number(self.piece()) / self.number(self.piece())
-        if name == "sqrt":
-            root = Fraction(2)
-            if self.take("["):
-                root = self.number(self.sum())
-                self.need("]")
-            return raised(self.number(self.piece()), 1 / root)
-        if name in ("binom", "dbinom"):
-            return Fraction(math.comb(self.small(self.piece()), self.small(self.piece())))
-        if name == "begin":
-            return self.matrix()
-        if name in self.FUNCTIONS and token[0] == "\\":
-            power = self.number(self.atom()) if self.take("^") else 1
-            return raised(self.FUNCTIONS[name](complex(self.number(self.power()))), power)
-        if name in self.CONSTANTS:
-            return self.CONSTANTS[name]
-        if name.isalpha() and name not in ("text", "end"):
-            return 0.5 + zlib.crc32(name.encode()) / 2**32
-        raise ValueError(f"{token!r} is not known")
 
     def piece(self):
         """What \\frac and \\sqrt take: {...}, or the next digit or letter alone: \\frac12."""
         token = self.tokens[-1]
-        if token.isdigit() and len(token) > 1:
-            self.tokens[-1:] = [token[1:], token[0]]
-        return self.atom()
+        if token.isdigit():
+            self.tokens[-1:] = [token[1:], token[0]] if token[1:] else [token]
+        return self.value()
 
-    def matrix(self):
-        """a & b \\\\ c & d \\end: ("matrix", rows)."""
-        rows = [["row"]]
-        while not self.take("\\end"):
-            rows[-1].append(self.number(self.sum()))
-            if self.take("\\\\"):
-                if self.tokens[-1] != "\\end":
-                    rows.append(["row"])
-            elif not self.take("&") and self.tokens[-1] != "\\end":
-                raise ValueError("no matrix")
-        return ("matrix", *map(tuple, rows))
-
-
-# What a product ends before; whatever else comes is multiplied.
-SIGNS = ("<", ">", "\\le", "\\ge", "\\ne", "\\in", "\\cup", "\\cap", ":")
-STOPS = {"+", "-", "\\pm", ",", ";", ")", "]", "}", "\u27e9", "=", "|", "&", "\\\\", "\\end",
-         *SIGNS}
-
-
-def raised(base, exponent):
-    """base ** exponent; exact for Fractions and small whole exponents, bounded always."""
-    if isinstance(base, Fraction) and isinstance(exponent, Fraction):
-        size = max(base.numerator.bit_length(), base.denominator.bit_length())
-        if exponent.denominator == 1 and size * abs(exponent) < 10_000:
-            return base ** int(exponent)
-        if exponent > 0 and base > 0 and exponent.numerator == 1 and size < 900:
-            root = round(float(base) ** float(exponent))
-            if exponent.denominator < 64 and root ** exponent.denominator == base:
-                return Fraction(root)
-    return complex(base) ** complex(exponent)
+    def bracket(self, opened):
+        value, closed = self.climb(0), self.tokens.pop()
+        listed = isinstance(value, Several) and value.kind == ","
+        if closed not in BRACKETS[opened]:
+            raise ValueError(f"{opened!r} and {closed!r} do not match")
+        if opened == "|":
+            return abs(value)
+        if opened in ("(", "[", r"\{") and listed:
+            return Several(opened + closed, value.items)
+        if opened + closed in ("(]", "[)"):
+            raise ValueError("half an interval")
+        return Several(r"\{\}", (value,)) if opened == r"\{" else value
 
 
 # ---- Asking a teacher -----------------------------------------------------------------------
@@ -1533,18 +1363,23 @@ def difficulty(verdicts):
     """A stage (s1, section 2.2): a question goes out that any grader's model has right, by a column
     that ends in _correct or by `verdicts`, {question: right}."""
     def stage(row, trace):
-        columns = [value for name, value in row.items() if name.endswith("_correct")]
-        if verdicts.get(trace[0]) or any(value in (True, 1, "Yes", "yes") for value in columns):
+        columns = [verdict(value) for name, value in row.items() if name.endswith("_correct")]
+        if verdicts.get(trace[0]) or any(columns):
             return "too easy: a model has it right"
     return stage
 
 
+def verdict(value):
+    """A verdict as columns have it: true, 1, "Yes"; false, 0, "No"; None for anything else."""
+    said = str(value).strip().lower()
+    return True if said in ("true", "yes", "1") else False if said in ("false", "no", "0") else None
+
+
 def right(row, trace, teacher="deepseek"):
     """Is a trace's answer right, by its own verdict or its reference? None where nobody knows."""
-    if isinstance(row.get("correct"), bool):
-        return row["correct"]
-    if row.get(f"{teacher}_grade") in ("Yes", "No"):
-        return row[f"{teacher}_grade"] == "Yes"
+    for column in ("correct", f"{teacher}_grade"):
+        if (known := verdict(row.get(column))) is not None:
+            return known
     reference = next((row[name] for name in ("gtruth_answer", "solution") if row.get(name)), None)
     if isinstance(reference, str):              # a solution ends in its answer, or is prose
         reference = extract(reference) or (reference if len(reference) < 100 else None)
@@ -1553,6 +1388,7 @@ def right(row, trace, teacher="deepseek"):
 
 
 def domain_of(row, column=None):
+    """The row's domain: its `column`, else the first of DOMAIN that it has, else "none"."""
     names = [column] if column else DOMAIN
     return next((str(row[name]) for name in names if row.get(name)), "none")
 
@@ -1617,7 +1453,8 @@ def select(args):
     verdicts = {}
     for path in args.verdicts:
         for _, row in read_rows(path):
-            verdicts[row.get("question")] = verdicts.get(row.get("question")) or row.get("correct")
+            question = row.get("question")
+            verdicts[question] = verdicts.get(question) or verdict(row.get("correct"))
     rows = usable_rows(args.pool, args.teacher, args.verbose)
     stages = {"decontamination": decontaminate(held, args.words), "quality": quality}
     if args.method == "s1k":
@@ -1693,17 +1530,27 @@ def epoch_batches(examples, batch_size, seed, epoch):
 
 
 def load_examples(data, chat, n=None, seed=0, give_up=GIVE_UP, ask=(), **how):
-    """Training examples (ids, first supervised) of `countdown`, `pieces` or a file of traces; `ask`
-    names the KINDS of length to write into the questions, `how` is for load_traces."""
-    if data == "pieces":
-        return [(chat.example(*piece)[0], 1) if isinstance(piece, tuple)
-                else ([*chat.text(piece), *chat.render("<|endoftext|>")], 1)
-                for piece in countdown_pieces(n or 150_000, seed)]
-    traces = (countdown_traces(n or 1000, seed, give_up, len(ask)) if data == "countdown"
-              else load_traces(data, **how))
+    """Training examples (ids, first supervised) of `countdown` or a file of traces; `ask` names the
+    KINDS of length to write into the questions, `how` is for load_traces. A file of rows {"ids":
+    [...]} is for pre-training: tokens as they are, all of them supervised."""
+    if data == "countdown":
+        traces = countdown_traces(n or 1000, seed, give_up, len(ask))
+    else:
+        rows = read_rows(data)
+        if "ids" in rows[0][1]:
+            return [(token_ids(place, row, chat), 1) for place, row in rows[:n]]
+        traces = load_traces(data, **how)
     if ask:
         traces = list(ask_for_lengths(traces, chat, ask))
     return [chat.example(*trace) for trace in traces[:n]]
+
+
+def token_ids(place, row, chat):
+    ids, V = row.get("ids"), chat.tokenizer.get_vocab_size()
+    if not isinstance(ids, list) or not ids or any(
+            type(i) is not int or not 0 <= i < V for i in ids):
+        raise BadInput(f"{place}: no list of token ids below {V}")
+    return ids
 
 
 def show_some(args):
@@ -1754,37 +1601,6 @@ def stats(args):
         print(f"  {count:7,} {escape(name)}")
 
 
-def make_tokenizer(args):
-    """Write the tiny base's tokenizer: Qwen's special tokens and byte-level BPE, but each number up
-    to 999 is one token, and the merges are learnt from the task's words. It can encode any text."""
-    isolate = tokenizers.pre_tokenizers.Split(tokenizers.Regex(
-        r"\p{N}{1,3}| ?\p{L}+| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"), "isolated")
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
-    learner = tokenizers.Tokenizer(tokenizers.models.BPE())
-    learner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([isolate, byte_level])
-    texts = [f"system\n{SYSTEM}", "user\n", "assistant\n", "think\n", "answer\n",
-             ask((1, 2), 3), "Final Answer: (1)", "From 1, 2 and 3:\n", "make 1.\n1 ok\n1 no\n",
-             "Wait, is 1 2? ok\n"]
-    learner.train_from_iterator(
-        [re.sub(r"\d+", "", text) for text in texts] * 2, tokenizers.trainers.BpeTrainer(
-        initial_alphabet=alphabet, min_frequency=2, show_progress=False))
-    learnt = json.loads(learner.to_str())["model"]
-    words = [*alphabet, *(str(n) for n in range(10, 1000)),
-             *(word for word in sorted(learnt["vocab"], key=learnt["vocab"].get) if len(word) > 1)]
-    # ignore_merges: a word that is in the vocabulary is that token, whatever the merges would do.
-    made = tokenizers.Tokenizer(tokenizers.models.BPE(
-        {word: i for i, word in enumerate(words)}, [tuple(m) for m in learnt["merges"]],
-        ignore_merges=True))
-    made.pre_tokenizer, made.decoder = learner.pre_tokenizer, tokenizers.decoders.ByteLevel()
-    made.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
-    made.save(str(Path(args.directory) / "tokenizer.json"))
-    (Path(args.directory) / "tokenizer_config.json").write_text(json.dumps(
-        {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|im_end|>",
-         "pad_token": "<|endoftext|>", "model_max_length": 32768}, indent=2) + "\n")
-    print(f"{made.get_vocab_size()} tokens")
-
-
 def select_flags(add):
     add("--pool", required=True, help="file of traces, or a hub dataset's id")
     add("--benchmarks", nargs="*", default=[], help="files of questions that must not come in")
@@ -1812,7 +1628,7 @@ def arguments():
 
     shows = command("show", show_some, help="print training examples as the model sees them")
     shows.add_argument("data", nargs="?", default="countdown",
-                       help="countdown, pieces or a file of traces")
+                       help="countdown or a file of traces")
     shows.add_argument("--n", type=at_least(1), default=1, help="how many examples")
     shows.add_argument("--seed", type=int, default=0)
     shows.add_argument("--colour", choices=("auto", "always", "never"), default="auto")
@@ -1835,8 +1651,6 @@ def arguments():
     teacher_flags(asks.add_argument)
     picks = command("select", select, help="choose the traces to train on, as s1 did")
     select_flags(picks.add_argument)
-    makes = command("tokenizer", make_tokenizer, help="make the tiny base's tokenizer")
-    makes.add_argument("directory", help="where tokenizer.json goes")
 
     for some in (shows, counts, writes):
         model_flags(some.add_argument, default="assets/countdown-base")

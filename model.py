@@ -8,6 +8,7 @@ Map:  Config        what config.json says, under its own names
       KVCache       the keys and values of rows that are being sampled
       the loss      linear layer and cross-entropy in one pass, never the whole logits
       Transformer   one forward for packed training, prefill and ragged decoding; load and save
+      Directories   config.json and safetensors files, read with care
 
 Parameter names are Hugging Face's, so a checkpoint loads by one strict `load_state_dict`.
 Shapes in comments: B rows, T tokens of a row, C hidden size, H query heads, K key-value heads,
@@ -72,7 +73,7 @@ class Config:
             value, number = getattr(self, f.name), f.type in (int, float)
             if number and (type(value) not in (int, f.type) or not 0 < value < math.inf):
                 raise BadModel(f"{f.name} is {value!r}, not a number above 0")
-        self.head_dim = (self.head_dim or FAMILIES[self.model_type]["head_dim"]
+        self.head_dim = (self.head_dim or family["head_dim"]
                          or self.hidden_size // self.num_attention_heads)
         if type(self.head_dim) is not int or self.head_dim < 2 or self.head_dim % 2:
             raise BadModel(f"head_dim is {self.head_dim!r}, not an even number above 0")
@@ -83,55 +84,8 @@ class Config:
             if self.rope_scaling and not isinstance(self.rope_scaling.get(key), (int, float)):
                 raise BadModel(f"rope_scaling has no number {key}")
 
-    @classmethod
-    def load(cls, directory):
-        """Read `directory`/config.json, its rope in the older or the newer layout. BadModel where
-        it is none, or asks for what this file cannot compute."""
-        path = Path(directory) / "config.json"
-        try:
-            raw = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise BadModel(f"{directory} is no model: there is no config.json in it") from None
-        except ValueError as error:
-            raise BadModel(f"{path} is no JSON: {error}") from None
-        if not isinstance(raw, dict):
-            raise BadModel(f"{path} holds no object")
-        known = {f.name for f in fields(cls)} - {"rest"}
-        rest = {key: raw[key] for key in raw.keys() - known}
-        try:
-            cls.refuse(raw)
-            return cls(**{key: raw[key] for key in known & raw.keys()} | cls.rope(raw), rest=rest)
-        except (BadModel, TypeError) as error:
-            raise BadModel(f"{path}: {error}") from None
-
-    @staticmethod
-    def refuse(raw):
-        """BadModel by the name of what is asked for and not computed here."""
-        if raw.get("model_type") not in FAMILIES:
-            raise BadModel(f"model_type {raw.get('model_type')!r} is not known here "
-                           f"(known: {', '.join(FAMILIES)})")
-        if raw.get("hidden_act", "silu") != "silu":
-            raise BadModel(f"hidden_act {raw['hidden_act']!r} is not known here (known: silu)")
-        layers = raw.get("layer_types") or []
-        if raw.get("use_sliding_window") or "sliding_attention" in layers:
-            raise BadModel("a sliding window is not supported")
-        for key in ("quantization_config", "attention_bias", "mlp_bias"):
-            if raw.get(key):
-                raise BadModel(f"{key} is not supported")
-
-    @staticmethod
-    def rope(raw):
-        """rope_theta and rope_scaling from `rope_parameters`, or from their older places."""
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            raise BadModel(f"the rope is {rope!r}, not an object")
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        if kind not in ("default", "llama3"):
-            raise BadModel(f"rope type {kind!r} is not known here (known: default, llama3)")
-        theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
-        return {"rope_theta": theta, "rope_scaling": rope if kind == "llama3" else None}
-
     def to_dict(self):
+        """What config.json is to hold: our keys, and those that came with them."""
         return {**self.rest, **{k: v for k, v in asdict(self).items() if k != "rest"}}
 
 
@@ -207,6 +161,8 @@ def attend_cached(q, k, v, mask):
 
 
 class Attention(nn.Module):
+    """Causal attention in which H query heads share K key-value heads (Ainslie et al., 2023)."""
+
     def __init__(self, config):
         super().__init__()
         C, D = config.hidden_size, config.head_dim
@@ -219,21 +175,23 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
 
     def forward(self, x, rope, lengths, cached):
-        B, T, C = x.shape
-        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B,H,T,D)
-        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim)).transpose(1, 2)  # (B,K,T,D)
-        v = self.v_proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)               # (B,K,T,D)
-        q, k = rotate(q, *rope), rotate(k, *rope)
-        if cached is not None:
-            (old_k, old_v), places, mask = cached
-            k, v = write(old_k, k, places, mask), write(old_v, v, places, mask)  # (B, K, L, D)
-            y = attend_cached(q, k, v, mask)
-        else:
+        B, T, _ = x.shape
+        q, k, v = (projection(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H or K, T, D)
+                   for projection in (self.q_proj, self.k_proj, self.v_proj))
+        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
+        if cached is None:
             y = attend_packed(q, k, v, lengths)
+        else:
+            layer, places, mask = cached
+            k, v = (write(old, new, places)[:, :, :mask.shape[-1]]              # (B, K, L, D)
+                    for old, new in zip(layer, (k, v)))
+            y = attend_cached(q, k, v, mask)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
 class MLP(nn.Module):
+    """down(silu(gate(x)) * up(x)): SwiGLU (Shazeer, 2020)."""
+
     def __init__(self, config):
         super().__init__()
         self.gate_proj = nn.Linear(config.hidden_size, config.intermediate_size, bias=False)
@@ -245,6 +203,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """x (B, T, C) to (B, T, C): attention, then MLP, each added to what it read through a norm."""
+
     def __init__(self, config):
         super().__init__()
         self.self_attn = Attention(config)
@@ -264,8 +224,8 @@ class KVCache:
     """Keys and values of `slots` rows with `length` places each, and how many places are filled.
 
     The cache owns the position: `forward` puts the next T tokens of row b at the places
-    filled[b], filled[b] + 1, ... and moves filled[b] on. `cache.rows(a, b)` are the slots from a up
-    to b alone, over the same memory. Setting filled[b] = 0 frees a row; nothing is erased.
+    filled[b], filled[b] + 1, ... and moves filled[b] on. Setting filled[b] = 0 frees a row; nothing
+    is erased.
     """
 
     def __init__(self, layers, filled):
@@ -274,11 +234,14 @@ class KVCache:
 
     @classmethod
     def empty(cls, config, slots, length, dtype=torch.float32, device="cpu"):
+        """A cache for `slots` rows of at most `length` tokens: 2 * layers * slots * length * K * D
+        numbers. s1's 32B model in bf16 takes 2 * 64 * 8 * 128 * 2 bytes = 262 KB a token."""
         shape = (slots, config.num_key_value_heads, length, config.head_dim)
         return cls([tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv")
                     for _ in range(config.num_hidden_layers)], torch.zeros(slots, dtype=torch.long))
 
     def rows(self, first, end):
+        """The slots from `first` up to `end` alone, over the same memory."""
         return KVCache([(k[first:end], v[first:end]) for k, v in self.layers],
                        self.filled[first:end])
 
@@ -299,11 +262,11 @@ class KVCache:
         return places, torch.arange(end, device=k.device) <= places[:, None, :, None]
 
 
-def write(cached, new, places, mask):
-    """Put keys or values (B, K, T, D) at their places; those of all places that the mask names."""
+def write(cached, new, places):
+    """Put keys or values (B, K, T, D) at their places (B, T) of a layer's (B, K, length, D)."""
     rows = torch.arange(new.shape[0], device=new.device)[:, None]
     cached[rows, :, places] = new.transpose(1, 2).to(cached.dtype)
-    return cached[:, :, :mask.shape[-1]]                                     # (B, K, L, D)
+    return cached
 
 
 # ---- The loss -------------------------------------------------------------------------------
@@ -322,7 +285,7 @@ def softmax_step(logits, targets, room=None):
     # log Z is read off the largest logit and its probability, which is never below 1/V.
     loss = (top - p.amax(1).log() - wanted).sum()
     lacking = p.gather(1, t) - 1
-    logits.copy_(p)[torch.arange(len(t), device=t.device), targets] = lacking[:, 0].to(logits.dtype)
+    logits.copy_(p).scatter_(1, t, lacking.to(logits.dtype))
     return loss, lacking
 
 
@@ -374,7 +337,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
             if wants_hidden:
                 torch.mm(logits, w, out=grad_hidden[start:start + rows])
             if wants_weight:
-                logits[torch.arange(len(t), device=t.device), t] = 0
+                logits.scatter_(1, t[:, None], 0)
                 for v in range(0, V, words):
                     p = logits[:, v:v + words]                               # (n, words)
                     grad_weight[v:v + words] += torch.mm(p.T, h, out=part[:p.shape[1]])
@@ -422,14 +385,14 @@ class Transformer(nn.Module):
         Returns logits (B, T, V); with `targets` instead (the summed loss, the number N of
         supervised tokens), N a plain int. Targets that lie on the CPU cost no synchronisation.
         """
-        T = ids.shape[1]
+        B, T = ids.shape
         if cache is not None:
             return self.logits(ids, *cache.claim(T), cache.layers)
         if positions is None:
-            positions = torch.arange(T, device=ids.device).expand(ids.shape)
+            positions = torch.arange(T, device=ids.device).expand(B, T)
+        x = self.hidden_states(ids, positions, lengths=lengths or [T])       # (B, T, C)
         if targets is None:
-            return self.logits(ids, positions, lengths=lengths or [T])
-        x = self.hidden_states(ids, positions, lengths=lengths or [T])
+            return F.linear(x, self.head)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
         targets = targets.flatten()
@@ -452,14 +415,15 @@ class Transformer(nn.Module):
                 x = block(x, rope, lengths, cached)
         return self.model.norm(x)
 
-    def logits(self, *inputs, **others):
-        """(B, T, V), of what `hidden_states` takes."""
-        return F.linear(self.hidden_states(*inputs, **others), self.head)
+    def logits(self, ids, positions, mask, layers):
+        """(B, T, V): one step over a cache, which `KVCache.claim` prepares."""
+        return F.linear(self.hidden_states(ids, positions, mask, layers), self.head)
 
     @property
     def head(self):
+        """The weight of the last layer, (V, C); a tied model's is that of its embedding."""
         tied = self.config.tie_word_embeddings
-        return (self.model.embed_tokens if tied else self.lm_head).weight    # (V, C)
+        return (self.model.embed_tokens if tied else self.lm_head).weight
 
     def compile_kernels(self):
         """Let torch.compile fuse what lies between the matrix products. Attention stays as it is:
@@ -491,21 +455,11 @@ class Transformer(nn.Module):
         before it has any memory; each process then reads its own rows.
         """
         with torch.device("meta"):
-            model = cls(Config.load(directory)).to(dtype)
-        files = {name: file for file in open_weights(Path(directory)) for name in file.keys()
-                 if not name.endswith("rotary_emb.inv_freq")}       # old checkpoints: computed here
+            model = cls(read_config(directory)).to(dtype)
+        found = stored_tensors(Path(directory))
         if model.config.tie_word_embeddings:
-            files.pop("lm_head.weight", None)
-        wanted = model.state_dict()
-        found = {name: files[name].get_slice(name) for name in files}
-        wrong = {"missing": wanted.keys() - found.keys(), "extra": found.keys() - wanted.keys(),
-                 "of another shape": {name for name in wanted.keys() & found.keys()
-                                      if found[name].get_shape() != list(wanted[name].shape)},
-                 "quantised": {name for name in found
-                               if found[name].get_dtype() not in ("F32", "F16", "BF16")}}
-        if any(wrong.values()):
-            raise BadModel(f"{directory} does not fit its config.json: " + "; ".join(
-                f"{why} {', '.join(sorted(names))}" for why, names in wrong.items() if names))
+            found.pop("lm_head.weight", None)
+        refuse_other_tensors(directory, model.state_dict(), found)
         if prepare:
             prepare(model)
         model.to_empty(device=device)
@@ -543,23 +497,77 @@ class Transformer(nn.Module):
         (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def whole(tensor):
-    """The tensor itself, or put together from the rows that several processes hold."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def put(place, source):
-    """Copy a tensor of a file (safetensors' slice) into its place; of shared ones our own rows."""
-    if isinstance(place, DTensor):
-        mesh, place = place.device_mesh, place.to_local()
-        rows = -(-source.get_shape()[0] // mesh.size())             # as torch.chunk deals them out
-        start = min(mesh.get_local_rank() * rows, source.get_shape()[0])
-        place.copy_(source[start:start + len(place)])
-    else:
-        place.copy_(source[:])
-
+# ---- Directories ----------------------------------------------------------------------------
+# What stands in a directory comes from anywhere: it is read as JSON and safetensors, nothing in it
+# is executed, and what this file cannot compute is refused by name.
 
 INDEX = "model.safetensors.index.json"
+
+
+def read_config(directory):
+    """The Config of `directory`/config.json, its rope in the older or the newer layout. BadModel
+    where it is none, or asks for what this file cannot compute."""
+    path = Path(directory) / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise BadModel(f"{directory} is no model: there is no config.json in it") from None
+    except ValueError as error:
+        raise BadModel(f"{path} is no JSON: {error}") from None
+    if not isinstance(raw, dict):
+        raise BadModel(f"{path} holds no object")
+    known = {f.name for f in fields(Config)} - {"rest"}
+    rest = {key: raw[key] for key in raw.keys() - known}
+    try:
+        refuse(raw)
+        return Config(**{key: raw[key] for key in known & raw.keys()} | rope_of(raw), rest=rest)
+    except (BadModel, TypeError) as error:
+        raise BadModel(f"{path}: {error}") from None
+
+
+def refuse(raw):
+    """BadModel by the name of what a config.json asks for and is not computed here."""
+    if raw.get("model_type") not in FAMILIES:
+        raise BadModel(f"model_type {raw.get('model_type')!r} is not known here "
+                       f"(known: {', '.join(FAMILIES)})")
+    if raw.get("hidden_act", "silu") != "silu":
+        raise BadModel(f"hidden_act {raw['hidden_act']!r} is not known here (known: silu)")
+    layers = raw.get("layer_types") or []
+    if raw.get("use_sliding_window") or "sliding_attention" in layers:
+        raise BadModel("a sliding window is not supported")
+    for key in ("quantization_config", "attention_bias", "mlp_bias"):
+        if raw.get(key):
+            raise BadModel(f"{key} is not supported")
+
+
+def rope_of(raw):
+    """rope_theta and rope_scaling from `rope_parameters`, or from their older places."""
+    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise BadModel(f"the rope is {rope!r}, not an object")
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise BadModel(f"rope type {kind!r} is not known here (known: default, llama3)")
+    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+    return {"rope_theta": theta, "rope_scaling": rope if kind == "llama3" else None}
+
+
+def stored_tensors(directory):
+    """{name: a slice of its file, read when it is indexed} of all tensors of a directory."""
+    return {name: file.get_slice(name) for file in open_weights(directory) for name in file.keys()
+            if not name.endswith("rotary_emb.inv_freq")}        # old checkpoints: computed here
+
+
+def refuse_other_tensors(directory, wanted, found):
+    """BadModel where the tensors of the files are not just those of the model."""
+    wrong = {"missing": wanted.keys() - found.keys(), "extra": found.keys() - wanted.keys(),
+             "of another shape": {name for name in wanted.keys() & found.keys()
+                                  if found[name].get_shape() != list(wanted[name].shape)},
+             "quantised": {name for name in found
+                           if found[name].get_dtype() not in ("F32", "F16", "BF16")}}
+    if any(wrong.values()):
+        raise BadModel(f"{directory} does not fit its config.json: " + "; ".join(
+            f"{why} {', '.join(sorted(names))}" for why, names in wrong.items() if names))
 
 
 def open_weights(directory):
@@ -589,3 +597,19 @@ def open_weights(directory):
         except (safetensors.SafetensorError, OSError) as error:
             raise BadModel(f"{path} cannot be read: {error}") from None
     return files
+
+
+def whole(tensor):
+    """The tensor itself, or put together from the rows that several processes hold."""
+    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
+
+
+def put(place, source):
+    """Copy a tensor of a file (safetensors' slice) into its place; of shared ones our own rows."""
+    if isinstance(place, DTensor):
+        mesh, place = place.device_mesh, place.to_local()
+        rows = -(-source.get_shape()[0] // mesh.size())             # as torch.chunk deals them out
+        start = min(mesh.get_local_rank() * rows, source.get_shape()[0])
+        place.copy_(source[start:start + len(place)])
+    else:
+        place.copy_(source[:])

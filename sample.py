@@ -9,8 +9,10 @@ each row would take, retire the finished rows, decode one token for every slot.
     slot 0  prompt a a a a a a . prompt d d d d d          . = finished, the next prompt moves in;
     slot 1  prompt b b . prompt c c c c c c c c            with none left, the last slot's row does
 
-It streams one answer to a terminal: python sample.py "Use 3, 5 and 2 with + - * to make 16."
-As a teacher it answers a file of questions: python sample.py --questions q.jsonl --out traces.jsonl
+Map:  Row          one sample of one prompt, and all that is known of it
+      Sampler      the engine: generate, and beneath it take, draw, prefill, decode
+      streaming    one answer in a terminal as it comes: python sample.py "Use 3, 5 and 2 ..."
+      the program  that, or as a teacher a file of questions: --questions q.jsonl --out traces.jsonl
 """
 import itertools
 import random
@@ -39,8 +41,7 @@ class Row:
     sample: int = 0
     tokens: list = field(default_factory=list)      # what went in behind the prompt
     forced: list = field(default_factory=list)      # for each token: did we put it in?
-    finish: str | None = None                       # "stop", "max_new_tokens", "length" (full)
-                                                    # or "repetition"
+    finish: str | None = None                       # why it ended, see `Sampler.ending`
     banned: set = field(default_factory=set)
     memory: Any = None
     queue: deque = field(default_factory=deque)     # forced tokens that still have to go in
@@ -58,6 +59,9 @@ class Row:
         return self.seen[run] >= times > 0
 
 
+PREFILL = 2 ** 14                   # places, at most, of prompts that are read side by side
+
+
 class Sampler:
     """`slots` rows side by side, each of at most `max_length` tokens with its prompt. `compiled`:
     decoding is one step made by torch.compile, which takes up to a minute once.
@@ -72,17 +76,10 @@ class Sampler:
         self.cache = KVCache.empty(model.config, slots, max_length, model.head.dtype, self.device)
         self.prefilled = {}                         # prompts with samples left: (logits, layers)
         self.computed = 0                           # tokens that went through the model
-        on_cpu = self.device.type == "cpu"
         if compiled:
-            if on_cpu:              # lay the weights out anew, and try which products are fastest
-                from torch._inductor import config
-                config.freezing = config.max_autotune = True    # Dynamo sees no `options`
-                config.autotune_num_choices_displayed = 0
-                config.max_autotune_report_choices_stats = False
-            shapes.use_duck_shape = False           # two sizes that agree once need not do so again
-            self.step = torch.compile(model.logits, dynamic=True)
+            self.step = compile_step(model)
             self.least = min(2, slots)              # a step of one row alone would be compiled anew
-        elif on_cpu:
+        elif self.device.type == "cpu":
             stand_upright(model)
 
     @torch.no_grad()
@@ -111,18 +108,21 @@ class Sampler:
                 logits = torch.cat([logits, self.prefill(rows, new, samples)])
             for row, token in zip(rows, self.draw(logits, rows, **chances)):
                 self.take(row, token, steer)
-                if row.tokens[-1] in stops:
-                    row.finish = "stop"
-                elif len(row.tokens) == max_new_tokens:
-                    row.finish = "max_new_tokens"
-                elif len(row.prompt) + len(row.tokens) == self.max_length:
-                    row.finish = "length"
-                elif repeats and row.repeats(repeats):
-                    row.finish = "repetition"
+                row.finish = self.ending(row, stops, max_new_tokens, repeats)
                 if row.finish:
                     yield row
             self.retire(rows)
             logits = self.decode(rows) if rows else logits[:0]
+
+    def ending(self, row, stops, max_new_tokens, repeats):
+        """Why the row ends behind its last token; None where it goes on."""
+        if row.tokens[-1] in stops:
+            return "stop"
+        if len(row.tokens) == max_new_tokens:
+            return "max_new_tokens"
+        if len(row.prompt) + len(row.tokens) == self.max_length:
+            return "length"                         # its places in the cache are full
+        return "repetition" if repeats and row.repeats(repeats) else None
 
     def retire(self, rows):
         """Take out the finished rows; the last of the others moves into each gap."""
@@ -167,18 +167,18 @@ class Sampler:
         new.sort(key=lambda row: row.sample > 0)                    # the readers stand side by side
         readers, logits = [row for row in new if row.sample == 0], []
         longest = max((len(row.prompt) for row in readers), default=1)
-        for start in range(0, len(readers), n := max(1, 2**14 // longest)):
+        for start in range(0, len(readers), n := max(1, PREFILL // longest)):
             logits += self.read(len(rows) + start, readers[start:start + n])
         for slot, row in enumerate(new, len(rows)):
             places = [tensor[slot, :, :len(row.prompt)]
                       for tensor in itertools.chain(*self.cache.layers)]
-            if row.sample == 0 and samples > 1:
-                self.prefilled[row.index] = logits[slot - len(rows)], [p.clone() for p in places]
-            elif row.sample > 0:
+            if row.sample > 0:
                 behind, kept = self.prefilled[row.index]
                 logits.append(behind)
                 for place, old in zip(places, kept):
                     place.copy_(old)
+            elif samples > 1:
+                self.prefilled[row.index] = logits[slot - len(rows)], [p.clone() for p in places]
             if row.sample == samples - 1:
                 self.prefilled.pop(row.index, None)
         rows += new
@@ -207,6 +207,19 @@ class Sampler:
         return self.step(ids, *cache.claim(1), cache.layers)[:len(rows), 0]
 
 
+def compile_step(model):
+    """`model.logits` in one piece by torch.compile, for any number of rows. On a CPU the weights
+    are laid out anew, and it is tried which way to multiply is fastest."""
+    if model.head.device.type == "cpu":
+        from torch._inductor import config          # Dynamo does not see `options`
+        config.freezing = config.max_autotune = True
+        config.autotune_num_choices_displayed = 0
+        if hasattr(config, "max_autotune_report_choices_stats"):        # not in torch 2.6
+            config.max_autotune_report_choices_stats = False
+    shapes.use_duck_shape = False                   # two sizes that agree once need not do so again
+    return torch.compile(model.logits, dynamic=True)
+
+
 def stand_upright(model):
     """Lay the columns of each wide matrix side by side in memory: the same numbers, but a product
     with one row, which only reads weights, is two to three times as fast by MKL."""
@@ -229,52 +242,59 @@ def probabilities(logits, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0):
     return p
 
 
-# ---- Streaming to a terminal ----------------------------------------------------------------
+# ---- Streaming ------------------------------------------------------------------------------
+
+
+class Printer:
+    """Writes a row as it comes: forced text dim and yellow, in [ and ] without colour."""
+
+    def __init__(self, chat, colour):
+        self.chat, self.written, self.pending = chat, 0, []
+        self.before, self.after = ("\033[2;33m", "\033[0m") if colour else ("[", "]")
+
+    def write(self, tokens, forced, last=False):
+        """A character may take several tokens: the first of them wait, unless these are the `last`
+        of their kind."""
+        self.pending += tokens
+        text = self.chat.decode(self.pending)
+        if text.endswith("\ufffd") and not last:
+            return
+        self.pending, text = [], escape(text)
+        print(f"{self.before}{text}{self.after}" if forced and text else text, end="", flush=True)
+
+    def catch_up(self, row, end):
+        """Write the row's tokens up to `end`, a stretch of sampled or forced ones at a time."""
+        while self.written < end:
+            start, forced = self.written, row.forced[self.written]
+            while self.written < end and row.forced[self.written] == forced:
+                self.written += 1
+            changes = self.written < len(row.forced) and row.forced[self.written] != forced
+            self.write(row.tokens[start:self.written], forced, last=forced or changes)
 
 
 def stream(sampler, chat, prompt, shown, steer=None, held=0, colour=None, **options):
-    """Generate one row and print it as it comes: forced text dim and yellow, [so] without colour.
+    """Generate one row and print it as it comes; returns the row.
 
     `shown` is how many tokens at the prompt's end to print first, as forced: the opening delimiter.
     `held` is how many tokens `steer` may withdraw: so many are held back.
     """
-    colour = sys.stdout.isatty() if colour is None else colour
-    before, after = ("\033[2;33m", "\033[0m") if colour else ("[", "]")
-    pending = []                                    # a character may take several tokens
-
-    def write(tokens, forced, last=False):
-        pending.extend(tokens)
-        text = chat.decode(pending)
-        if text.endswith("\ufffd") and not last:
-            return
-        pending.clear()
-        text = escape(text)
-        print(f"{before}{text}{after}" if forced and text else text, end="", flush=True)
-
-    written = 0                                     # of the row's tokens
-
-    def catch_up(row, end):
-        """Write the row's tokens up to `end`, a stretch of sampled or forced ones at a time."""
-        nonlocal written
-        while written < end:
-            forced, start = row.forced[written], written
-            while written < end and row.forced[written] == forced:
-                written += 1
-            changes = written < len(row.forced) and row.forced[written] != forced
-            write(row.tokens[start:written], forced, last=forced or changes)
+    printer = Printer(chat, sys.stdout.isatty() if colour is None else colour)
 
     def watch(row, token):
         instead = steer(row, token) if steer else [token]
-        catch_up(row, len(row.tokens) - held)
+        printer.catch_up(row, len(row.tokens) - held)
         return instead
 
     if shown:
-        write(prompt[-shown:], True, last=True)
+        printer.write(prompt[-shown:], True, last=True)
     row, = sampler.generate([prompt], steer=watch, **options)
-    catch_up(row, len(row.tokens))
-    write([], False, last=True)
+    printer.catch_up(row, len(row.tokens))
+    printer.write([], False, last=True)
     print()
     return row
+
+
+# ---- The program ----------------------------------------------------------------------------
 
 
 def sampling_flags(add):
@@ -296,6 +316,14 @@ def sampling_flags(add):
 def sampling(args):
     return {name: getattr(args, name)
             for name in ("temperature", "top_k", "top_p", "min_p", "seed")}
+
+
+def load(name, args):
+    """Model and chat by directory or hub id, in bf16 on CUDA and float32 elsewhere."""
+    directory = local(name)
+    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
+    model = Transformer.load(directory, dtype, args.device)
+    return model, Chat(directory, args.chat, args.thinking)
 
 
 def ask_all(model, chat, args):
@@ -353,14 +381,6 @@ def main():
                      stops=chat.stops, repeats=args.repeats, **sampling(args))
         if row.finish != "stop":
             print(f"(stopped after {len(row.tokens)} tokens: {row.finish})", file=sys.stderr)
-
-
-def load(name, args):
-    """Model and chat by directory or hub id, in bf16 on CUDA and float32 elsewhere."""
-    directory = local(name)
-    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    model = Transformer.load(directory, dtype, args.device)
-    return model, Chat(directory, args.chat, args.thinking)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,12 @@ same loop, everything supervised: see assets/countdown-base/README.md. Larger mo
 torchrun --nproc-per-node N -- train.py ..., each process then holds its share of every tensor.
 
 Map:  arguments
-      cost         floating-point operations, derived; what a run would take (--plan)
       checkpoints  whole directories, written beside and renamed; the newest one, and back into it
       gradients    what one optimizer step learns from its sequences, over rows and processes
-      train        the loop
+      the loop     what it starts from; `train`, top to bottom; a step as a line
+      cost         floating-point operations, derived; what a run would take (--plan)
 """
 import hashlib
-import itertools
 import json
 import math
 import os
@@ -40,7 +39,7 @@ from tqdm import tqdm
 
 from data import (GIVE_UP, KINDS, BadInput, Chat, Parser, at_least, complaints, epoch_batches,
                   load_examples, local, model_flags, pack, trace_flags)
-from model import BadModel, Config, Transformer, put, whole
+from model import BadModel, Transformer, put, read_config, whole
 
 
 def arguments():
@@ -48,9 +47,10 @@ def arguments():
     add = parser.add_argument
     model_flags(add, default="assets/countdown-base")
     add("--scratch", action="store_true", help="random weights: take config and tokenizer only")
-    add("--data", default="countdown", help="countdown, pieces (pre-training) or a file of traces")
+    add("--data", default="countdown",
+        help="countdown, or traces: a file, a directory or a hub dataset's id")
     add("--n", type=at_least(1),
-        help="how many examples (default: countdown 1000, pieces 150000, a file all)")
+        help="how many examples (default: countdown 1000, a file all)")
     add("--give-up", type=at_least(0, float, 1), default=GIVE_UP,
         help="how likely Countdown's teacher gives up when tired")
     add("--ask", nargs="+", choices=KINDS, default=[],
@@ -87,6 +87,334 @@ def arguments():
     add("--mfu", type=at_least(0, float, 1), default=0.4, help="for --plan: share of the peak")
     add("--usd-per-hour", type=at_least(0, float), help="price of a device")
     return parser.parse_args()
+
+
+# ---- Checkpoints ----------------------------------------------------------------------------
+# A checkpoint is a model directory with the optimizer's state beside it. Everything else of a run
+# is a function of its arguments and the step: the order of the data, the learning rate.
+
+
+def save(directory, model, dtype, chat, records, optimizer=None):
+    """Write beside the final name, flush to the disk, then rename: whole or not at all.
+
+    Every process takes part, for each holds a share; the first one writes.
+    """
+    final = Path(directory)
+    draft = final.with_name(final.name + ".draft") if first_process() else None
+    if draft:
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(parents=True)
+    model.save(draft, dtype)
+    moments = {} if optimizer is None else {
+        f"{key}.{name}": whole(value).cpu() for name, p in model.named_parameters()
+        for key, value in optimizer.state[p].items()}
+    if not draft:
+        return
+    if moments:
+        safetensors.torch.save_file(moments, draft / "optimizer.safetensors")
+    chat.save(draft)
+    for name, text in records.items():
+        (draft / name).write_text(text, encoding="utf-8")
+    for path in [*draft.iterdir(), draft]:
+        handle = os.open(path, os.O_RDONLY)
+        os.fsync(handle)
+        os.close(handle)
+    if final.exists():
+        shutil.rmtree(final)
+    draft.rename(final)
+
+
+def save_step(out, done, model, optimizer, chat, run, metrics):
+    """A checkpoint behind `done` steps in OUT.steps, in place of the one before it."""
+    checkpoint = Path(f"{out}.steps") / f"{done:08}"
+    save(checkpoint, model, None, chat, {"run.json": json.dumps(
+        {"run": run, "step": done, "metrics": metrics})}, optimizer)
+    if first_process():
+        for older in checkpoint.parent.iterdir():
+            if older != checkpoint:
+                shutil.rmtree(older)
+
+
+def newest(out):
+    """The newest whole checkpoint of OUT.steps and its run.json. BadInput where there is none."""
+    found = []
+    for path in sorted(Path(f"{out}.steps").glob("*")):
+        if path.name.isdecimal():
+            found.append(path)
+        else:
+            print(f"passed over {path}: half-written")
+    if not found:
+        raise BadInput(f"there is no checkpoint in {out}.steps to resume from")
+    return found[-1], json.loads((found[-1] / "run.json").read_text(encoding="utf-8"))
+
+
+def refuse_other(then, now):
+    """BadInput where a run is to be resumed that was another one, saying what differs."""
+    different = [f"--{key.replace('_', '-')} was {then.get(key)}, is {now[key]}" for key in now
+                 if then.get(key) != now[key]]
+    if different:
+        raise BadInput("this is not the run that was stopped: " + "; ".join(different))
+
+
+def restore(optimizer, model, path, step):
+    """Put the saved moments back, each process its share."""
+    with safetensors.safe_open(path / "optimizer.safetensors", framework="pt") as file:
+        for name, p in model.named_parameters():
+            state = optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device)}
+            for key in ("exp_avg", "exp_avg_sq"):
+                state[key] = torch.zeros_like(p)
+                put(state[key], file.get_slice(f"{key}.{name}"))
+
+
+def origin(world):
+    """Where a run comes from: the command, and all else that its bits depend on."""
+    def git(*words):
+        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, text=True,
+                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        return done.stdout.strip()
+    try:
+        changed = bool(git("status", "--porcelain", "-uno"))
+        commit = git("rev-parse", "HEAD") + " and changes" * changed
+    except OSError:
+        commit = ""                                 # no git on this machine
+    return {"command": shlex.join(["python", "train.py", *sys.argv[1:]]), "processes": world,
+            "threads": torch.get_num_threads(), "commit": commit or "unknown",
+            "versions": {"python": platform.python_version(), **{
+                name: version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}}}
+
+
+def first_process():
+    """Is this the one of torchrun's processes that prints and writes?"""
+    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+
+
+# ---- The gradients of a step ----------------------------------------------------------------
+
+
+def gradients(model, batch, tokens_per_batch, device, autocast=False, rank=0, world=1):
+    """Add the gradient of the batch's mean loss to the parameters': (that loss, number of rows).
+
+    `batch`: examples (ids, first supervised). It is cut into packed rows, one forward and backward
+    each, and the rows are dealt out to the processes; the gradient is the same however it is cut.
+    For the loss of a step is the mean over all its supervised tokens: they are counted before the
+    first row, and each row's sum is divided by that count. A mean of the rows' means would weigh
+    the tokens of a short row more.
+    """
+    supervised = sum(len(ids) - first for ids, first in batch)
+    rows = list(pack(batch, tokens_per_batch))
+    total = torch.zeros((), device=device)
+    # All processes take as many rows: one that has none left computes a row for nothing.
+    for row in (rows + [None] * (-len(rows) % world))[rank::world]:
+        ids, positions, lengths, targets = (row or rows[0]).values()
+        targets = targets if row else torch.full_like(targets, -100)
+        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=autocast):
+            loss, _ = model(ids.to(device), positions.to(device), lengths, targets)
+        (loss / supervised * world).backward()      # fully_shard takes the mean over processes
+        total += loss.detach() / supervised
+    if world > 1:
+        torch.distributed.all_reduce(total)
+    return total, len(rows)
+
+
+def share(model, kind, world, autocast):
+    """Deal the model's parameters out to the processes of torchrun (PyTorch's fully_shard).
+
+    They are gathered block by block to be computed with, in bf16 under autocast; gradients are
+    summed in float32. Inputs are not cast, for the angles of the positions stay float32.
+    """
+    options = {"mesh": torch.distributed.init_device_mesh(kind, (world,)),
+               "mp_policy": MixedPrecisionPolicy(
+                   param_dtype=torch.bfloat16 if autocast else None,
+                   reduce_dtype=torch.float32, cast_forward_inputs=False)}
+    for block in model.model.layers:
+        fully_shard(block, **options)
+    fully_shard(model, **options)
+
+
+# ---- The loop -------------------------------------------------------------------------------
+
+
+def learning_rate(step, steps, highest, warmup):
+    """Linear from 0 over the first share `warmup` of the steps, then half a cosine down to 0."""
+    rising = max(1, round(warmup * steps))
+    if step < rising:
+        return highest * (step + 1) / rising
+    return highest * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+
+
+def may_write(out, overwrite):
+    """BadInput, before the training and not after it, where `out` holds what is not to be lost."""
+    if out.exists() and not overwrite:
+        raise BadInput(f"{out} is there already: choose another --out, or --overwrite it")
+    if out.exists() and not (out / "run.json").is_file():
+        raise BadInput(f"{out} holds no run of this program, so it is not overwritten")
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+
+def read_examples(args, chat, config):
+    """The examples (ids, index of the first supervised token), and the number of optimizer steps.
+
+    An over-long one is dropped, never cut: a trace without its end teaches to think without end
+    (s1, section 4.1). BadInput where none is left.
+    """
+    examples = load_examples(args.data, chat, args.n, args.seed, args.give_up, args.ask,
+                             teacher=args.teacher)
+    longest = min(args.tokens_per_batch, config.max_position_embeddings)
+    kept = [example for example in examples if len(example[0]) <= longest]
+    if not kept:
+        raise BadInput(f"all {len(examples)} examples are longer than {longest} tokens")
+    steps = args.epochs * math.ceil(len(kept) / args.batch_size)
+    print(f"{len(kept):,} examples, {sum(len(ids) for ids, _ in kept):,} tokens a pass, "
+          f"{len(examples) - len(kept)} dropped as longer than {longest:,}", flush=True)
+    return kept, min(steps, args.max_steps or steps)
+
+
+def start(args, config, source, device, world, autocast):
+    """The model on its device, shared out over the processes, and its optimizer."""
+    def prepare(model):
+        model.recompute = args.recompute
+        if args.compile:
+            model.compile_kernels()
+        if world > 1:
+            share(model, torch.device(device).type, world, autocast)
+
+    if args.scratch and not args.resume:
+        model = Transformer(config).init_weights(args.seed).to(device)
+        prepare(model)
+    else:
+        model = Transformer.load(source, device=device, prepare=prepare)
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]        # norms and biases do not decay
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
+                                   {"params": vectors, "weight_decay": 0.0}],
+                                  lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    parameters = sum(p.numel() for p in model.parameters())
+    print(f"{parameters:,} parameters on {world} x {torch.device(device).type}", flush=True)
+    return model.train(), optimizer
+
+
+def train(args):
+    out, source = Path(args.out), local(args.model, weights=not args.plan)
+    if not args.plan:
+        may_write(out, args.overwrite)
+    chat, config = Chat(source, args.chat, args.thinking), read_config(source)
+
+    # One process, or as many as torchrun started: each with a device of its own.
+    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
+    kind = torch.device(args.device).type
+    device = f"cuda:{os.environ['LOCAL_RANK']}" if kind == "cuda" and world > 1 else args.device
+    if world > 1:
+        torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
+    if rank:
+        sys.stdout = open(os.devnull, "w")          # the first process speaks for all
+
+    examples, steps = read_examples(args, chat, config)
+    if args.plan:
+        return plan(args, config, examples, steps)
+    # What a run is a function of. Anything else may change when it is resumed.
+    run = {key: value for key, value in vars(args).items() if key not in (
+        "out", "overwrite", "save_every", "resume", "plan", "devices", "device_tflops",
+        "device_memory_gb", "mfu", "usd_per_hour", "save_dtype")}
+    run["data"] = hashlib.sha256(json.dumps(examples).encode()).hexdigest()[:16]
+    done, metrics = 0, []
+    if args.resume:
+        source, state = newest(out)
+        refuse_other(state["run"], run)
+        done, metrics = state["step"], state["metrics"]
+        print(f"resumed from {source}, step {done}", flush=True)
+    autocast = args.dtype == "bfloat16" or args.dtype is None and kind == "cuda"
+    model, optimizer = start(args, config, source, device, world, autocast)
+    if args.resume:
+        restore(optimizer, model, source, done)
+
+    stop = hear_ctrl_c()
+    batches = [batch for epoch in range(args.epochs)
+               for batch in epoch_batches(examples, args.batch_size, args.seed, epoch)]
+    bar = tqdm(range(done, steps), unit="step", disable=None if rank == 0 else True,
+               initial=done, total=steps, dynamic_ncols=True)
+    for step in bar:
+        batch, began = batches[step], time.perf_counter()
+        loss, rows = gradients(model, batch, args.tokens_per_batch, device, autocast, rank, world)
+        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip))
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, args.lr, args.warmup)
+        if not torch.isfinite(norm + loss):
+            begin = "; ".join(repr(chat.decode(ids[first:first + 12])) for ids, first in batch[:3])
+            raise BadInput(f"step {step}: loss {loss:.3g}, gradient {norm:.3g}; the weights were "
+                           f"not touched. Its examples begin with: {begin}")
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+        loss, norm = loss.item(), norm.item()       # waits for the device
+        metrics.append({"step": step, "loss": loss, "lr": group["lr"], "grad_norm": norm,
+                        "places": rows * args.tokens_per_batch, "memory_bytes": memory(kind),
+                        **speed(batch, time.perf_counter() - began, config, args, world)})
+        tqdm.write(line(metrics[-1], steps))        # above the bar
+        sys.stdout.flush()
+        if stop or args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
+            save_step(out, step + 1, model, optimizer, chat, run, metrics)
+        if stop:
+            print(f"stopped behind step {step + 1}: --resume goes on from {out}.steps")
+            raise KeyboardInterrupt
+
+    save(out, model, args.save_dtype and getattr(torch, args.save_dtype), chat, {
+        "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in metrics),
+        "run.json": json.dumps({**origin(world), "data": run["data"], "arguments": vars(args)},
+                               indent=2) + "\n"})
+    if rank == 0:
+        shutil.rmtree(f"{out}.steps", ignore_errors=True)       # the run is whole
+    summarise(args, metrics, world)
+
+
+def hear_ctrl_c():
+    """A list that Ctrl-C makes true: the step ends, is saved, and the run stops. A second Ctrl-C
+    stops at once."""
+    heard = []
+
+    def hear(*_):
+        heard.append(True)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGINT, hear)
+    return heard
+
+
+def speed(batch, seconds, config, args, world):
+    """What a step computed, and how fast; MFU is its share of the devices' peak."""
+    lengths = [len(ids) for ids, _ in batch]
+    cost = flops(config, lengths, sum(len(ids) - first for ids, first in batch))
+    peak = world * (args.device_tflops or 0) * 1e12
+    return {"tokens": sum(lengths), "seconds": seconds, "tokens_per_second": sum(lengths) / seconds,
+            "flops": cost, "mfu": cost / seconds / peak if peak else None}
+
+
+def memory(device):
+    """The most memory this process has held, in bytes: of the GPU, else its resident memory."""
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def line(row, steps):
+    """A step as a line."""
+    mfu = "" if row["mfu"] is None else f"  MFU {100 * row['mfu']:.1f}%"
+    left = (steps - row["step"] - 1) * row["seconds"]
+    return (f"step {row['step'] + 1}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+            f"norm {row['grad_norm']:.3f}  {row['tokens_per_second']:,.0f} tokens/s{mfu}  "
+            f"{row['memory_bytes'] / 1e9:.2f} GB  {left / 60:.1f} min left")
+
+
+def summarise(args, metrics, world):
+    """What the run took and came to; the last loss is the mean of the last twentieth of it."""
+    total = {key: sum(row[key] for row in metrics)
+             for key in ("tokens", "places", "flops", "seconds")}
+    hours, last = total["seconds"] * world / 3600, metrics[-max(1, len(metrics) // 20):]
+    print(f"rows {100 * total['tokens'] / total['places']:.1f}% full; {total['flops']:.3g} FLOPs, "
+          f"{hours:.3f} hours of compute"
+          + (f", {hours * args.usd_per_hour:.2f} dollars" if args.usd_per_hour else ""))
+    print(f"{len(metrics)} steps, {total['tokens']:,} tokens in {total['seconds']:.0f} s "
+          f"({total['tokens'] / total['seconds']:,.0f} a second), loss {metrics[0]['loss']:.3f} -> "
+          f"{sum(row['loss'] for row in last) / len(last):.3f}, written to {args.out}")
 
 
 # ---- Cost -----------------------------------------------------------------------------------
@@ -150,303 +478,10 @@ def plan(args, config, examples, steps):
           + (f", {price:,.2f} dollars" if args.usd_per_hour else ""))
 
 
-def learning_rate(step, steps, highest, warmup):
-    """Linear from 0 over the first share `warmup` of the steps, then half a cosine down to 0."""
-    rising = max(1, round(warmup * steps))
-    if step < rising:
-        return highest * (step + 1) / rising
-    return highest * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
-
-
-# ---- Checkpoints ----------------------------------------------------------------------------
-# A checkpoint is a model directory with the optimizer's state beside it. Everything else of a run
-# is a function of its arguments and the step: the order of the data, the learning rate.
-
-
-def save(directory, model, dtype, chat, records, optimizer=None):
-    """Write beside the final name, flush to the disk, then rename: whole or not at all.
-
-    Every process takes part, for each holds a share; the first one writes.
-    """
-    final = Path(directory)
-    draft = final.with_name(final.name + ".draft") if first_process() else None
-    if draft:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-    model.save(draft, dtype)
-    moments = {} if optimizer is None else {
-        f"{key}.{name}": whole(value).cpu() for name, p in model.named_parameters()
-        for key, value in optimizer.state[p].items()}
-    if not draft:
-        return
-    if moments:
-        safetensors.torch.save_file(moments, draft / "optimizer.safetensors")
-    chat.save(draft)
-    for name, text in records.items():
-        (draft / name).write_text(text, encoding="utf-8")
-    for path in [*draft.iterdir(), draft]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    if final.exists():
-        shutil.rmtree(final)
-    draft.rename(final)
-
-
-def newest(out):
-    """The newest whole checkpoint of OUT.steps and its run.json. BadInput where there is none."""
-    found = []
-    for path in sorted(Path(f"{out}.steps").glob("*")):
-        if path.name.isdecimal():
-            found.append(path)
-        else:
-            print(f"passed over {path}: half-written")
-    if not found:
-        raise BadInput(f"there is no checkpoint in {out}.steps to resume from")
-    return found[-1], json.loads((found[-1] / "run.json").read_text(encoding="utf-8"))
-
-
-def refuse_other(then, now):
-    """BadInput where a run is to be resumed that was another one, saying what differs."""
-    different = [f"--{key.replace('_', '-')} was {then.get(key)}, is {now[key]}" for key in now
-                 if then.get(key) != now[key]]
-    if different:
-        raise BadInput("this is not the run that was stopped: " + "; ".join(different))
-
-
-def restore(optimizer, model, path, step):
-    """Put the saved moments back, each process its share."""
-    with safetensors.safe_open(path / "optimizer.safetensors", framework="pt") as file:
-        for name, p in model.named_parameters():
-            state = optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device)}
-            for key in ("exp_avg", "exp_avg_sq"):
-                state[key] = torch.zeros_like(p)
-                put(state[key], file.get_slice(f"{key}.{name}"))
-
-
-def origin(world):
-    """Where a run comes from: the command, and all else that its bits depend on."""
-    def git(*words):
-        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        return done.stdout.strip()
-    try:
-        changed = bool(git("status", "--porcelain", "-uno"))
-        commit = git("rev-parse", "HEAD") + " and changes" * changed
-    except OSError:
-        commit = ""                                 # no git on this machine
-    return {"command": shlex.join(["python", "train.py", *sys.argv[1:]]), "processes": world,
-            "threads": torch.get_num_threads(), "commit": commit or "unknown",
-            "versions": {"python": platform.python_version(), **{
-                name: version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}}}
-
-
-def first_process():
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-
-
-# ---- The gradients of a step ----------------------------------------------------------------
-
-
-def gradients(model, batch, tokens_per_batch, device, autocast=False, rank=0, world=1):
-    """Add the gradient of the batch's mean loss to the parameters': (that loss, number of rows).
-
-    `batch`: examples (ids, first supervised). It is cut into packed rows, one forward and backward
-    each, and the rows are dealt out to the processes; the gradient is the same however it is cut.
-    For the loss of a step is the mean over all its supervised tokens: they are counted before the
-    first row, and each row's sum is divided by that count. A mean of the rows' means would weigh
-    the tokens of a short row more.
-    """
-    supervised = sum(len(ids) - first for ids, first in batch)
-    rows = list(pack(batch, tokens_per_batch))
-    total = torch.zeros((), device=device)
-    # All processes take as many rows: one that has none left computes a row for nothing.
-    for row in rows[rank::world] + [None] * (rank >= len(rows) % world > 0):
-        ids, positions, lengths, targets = (row or rows[0]).values()
-        targets = targets if row else torch.full_like(targets, -100)
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=autocast):
-            loss, _ = model(ids.to(device), positions.to(device), lengths, targets)
-        (loss / supervised * world).backward()      # fully_shard takes the mean over processes
-        total += loss.detach() / supervised
-    if world > 1:
-        torch.distributed.all_reduce(total)
-    return total, len(rows)
-
-
-def share(model, kind, world, autocast):
-    """Deal the model's parameters out to the processes of torchrun (PyTorch's fully_shard).
-
-    They are gathered block by block to be computed with, in bf16 under autocast; gradients are
-    summed in float32. Inputs are not cast, for the angles of the positions stay float32.
-    """
-    options = {"mesh": torch.distributed.init_device_mesh(kind, (world,)),
-               "mp_policy": MixedPrecisionPolicy(
-                   param_dtype=torch.bfloat16 if autocast else None,
-                   reduce_dtype=torch.float32, cast_forward_inputs=False)}
-    for block in model.model.layers:
-        fully_shard(block, **options)
-    fully_shard(model, **options)
-
-
-# ---- The loop -------------------------------------------------------------------------------
-
-
-def memory(device):
-    """The most memory this process has held, in bytes: of the GPU, else its resident memory."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
 def main():
     args = arguments()
     with complaints(BadModel, safetensors.SafetensorError):
         train(args)
-
-
-def train(args):
-    out, source = Path(args.out), local(args.model, weights=not args.plan)
-    if out.exists() and not args.overwrite and not args.plan:
-        raise BadInput(f"{out} is there already: choose another --out, or --overwrite it")
-    if out.exists() and not (out / "run.json").is_file() and not args.plan:
-        raise BadInput(f"{out} holds no run of this program, so it is not overwritten")
-    if not args.plan:
-        out.parent.mkdir(parents=True, exist_ok=True)   # complain now, and not after the training
-
-    # One process, or as many as torchrun started: each with a device of its own.
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    kind = torch.device(args.device).type
-    device = args.device
-    if kind == "cuda" and world > 1:
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    if world > 1:
-        torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
-    say = print if rank == 0 else lambda *_, **__: None
-
-    # The examples: (ids, index of the first supervised token). An over-long one is dropped, never
-    # cut: a trace without its end teaches to think without end (s1, section 4.1).
-    chat = Chat(source, args.chat, args.thinking)
-    examples = load_examples(args.data, chat, args.n, args.seed, args.give_up, args.ask,
-                             teacher=args.teacher)
-    config = Config.load(source)
-    longest = min(args.tokens_per_batch, config.max_position_embeddings)
-    kept = [example for example in examples if len(example[0]) <= longest]
-    if not kept:
-        raise BadInput(f"all {len(examples)} examples are longer than {longest} tokens")
-    steps = args.epochs * math.ceil(len(kept) / args.batch_size)
-    steps = min(steps, args.max_steps or steps)
-    say(f"{len(kept):,} examples, {sum(len(ids) for ids, _ in kept):,} tokens a pass, "
-        f"{len(examples) - len(kept)} dropped as longer than {longest:,}", flush=True)
-    if args.plan:
-        return plan(args, config, kept, steps)
-
-    # What a run is a function of. Anything else may change when it is resumed.
-    run = {key: value for key, value in vars(args).items() if key not in (
-        "out", "overwrite", "save_every", "resume", "plan", "devices", "device_tflops",
-        "device_memory_gb", "mfu", "usd_per_hour", "save_dtype")}
-    run["data"] = hashlib.sha256(json.dumps(kept).encode()).hexdigest()[:16]
-    done, metrics = 0, []
-    if args.resume:
-        source, state = newest(out)
-        refuse_other(state["run"], run)
-        done, metrics = state["step"], state["metrics"]
-        say(f"resumed from {source}, step {done}", flush=True)
-
-    autocast = args.dtype == "bfloat16" or args.dtype is None and kind == "cuda"
-
-    def prepare(model):
-        model.recompute = args.recompute
-        if args.compile:
-            model.compile_kernels()
-        if world > 1:
-            share(model, kind, world, autocast)
-
-    if args.scratch and not args.resume:
-        model = Transformer(config).init_weights(args.seed).to(device)
-        prepare(model)
-    else:
-        model = Transformer.load(source, device=device, prepare=prepare)
-    model.train()
-    parameters = sum(p.numel() for p in model.parameters())
-    say(f"{parameters:,} parameters on {world} x {kind}", flush=True)
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]        # norms and biases do not decay
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
-                                   {"params": vectors, "weight_decay": 0.0}],
-                                  lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
-    if args.resume:
-        restore(optimizer, model, source, done)
-
-    # Ctrl-C lets the step end, saves and stops; a second one stops at once.
-    stop = []
-    signal.signal(signal.SIGINT, lambda *_: (stop.append(True), signal.signal(
-        signal.SIGINT, signal.default_int_handler)))
-    batches = (batch for epoch in range(args.epochs)
-               for batch in epoch_batches(kept, args.batch_size, args.seed, epoch))
-    bar = tqdm(range(done, steps), unit="step", disable=None if rank == 0 else True,
-               initial=done, total=steps, dynamic_ncols=True)
-    started, places, used = time.perf_counter(), 0, 0
-    for step, batch in zip(bar, itertools.islice(batches, done, None)):
-        began = time.perf_counter()
-        total, rows = gradients(model, batch, args.tokens_per_batch, device, autocast, rank, world)
-        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip))
-        for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, args.lr, args.warmup)
-        if not torch.isfinite(norm + total):
-            begin = "; ".join(repr(chat.decode(ids[first:first + 12])) for ids, first in batch[:3])
-            raise BadInput(f"step {step}: loss {total:.3g}, gradient {norm:.3g}; the weights were "
-                           f"not touched. Its examples begin with: {begin}")
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-        seconds = time.perf_counter() - began
-        tokens, cost = sum(len(ids) for ids, _ in batch), flops(
-            config, [len(ids) for ids, _ in batch], sum(len(ids) - first for ids, first in batch))
-        used, places = used + tokens, places + args.tokens_per_batch * rows
-        mfu = cost / seconds / world / (args.device_tflops * 1e12) if args.device_tflops else None
-        metrics.append({"step": step, "loss": total.item(), "lr": group["lr"], "tokens": tokens,
-                        "grad_norm": norm.item(), "tokens_per_second": tokens / seconds, "mfu": mfu,
-                        "flops": cost, "seconds": seconds, "memory_bytes": memory(kind)})
-        if rank == 0:
-            tqdm.write(line(metrics[-1], steps))        # above the bar
-            sys.stdout.flush()
-        if stop or args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
-            checkpoint = Path(f"{out}.steps") / f"{step + 1:08}"
-            save(checkpoint, model, None, chat, {"run.json": json.dumps(
-                {"run": run, "step": step + 1, "metrics": metrics})}, optimizer)
-            if rank == 0:
-                for older in checkpoint.parent.iterdir():
-                    if older != checkpoint:
-                        shutil.rmtree(older)
-        if stop:
-            say(f"stopped behind step {step + 1}: --resume goes on from {checkpoint}")
-            raise KeyboardInterrupt
-
-    save(out, model, args.save_dtype and getattr(torch, args.save_dtype), chat, {
-        "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in metrics),
-        "run.json": json.dumps({**origin(world), "data": run["data"], "arguments": vars(args)},
-                               indent=2) + "\n"})
-    if rank:
-        return
-    shutil.rmtree(f"{out}.steps", ignore_errors=True)   # the run is whole: nothing to resume
-    seconds, last = time.perf_counter() - started, metrics[-max(1, len(metrics) // 20):]
-    compute = sum(row["seconds"] for row in metrics) * world / 3600
-    operations = sum(row["flops"] for row in metrics)
-    print(f"rows {100 * used / places:.1f}% full; {operations:.3g} FLOPs, "
-          f"{compute:.3f} hours of compute"
-          + (f", {compute * args.usd_per_hour:.2f} dollars" if args.usd_per_hour else ""))
-    print(f"{steps} steps, {sum(row['tokens'] for row in metrics):,} tokens, this time {used:,} in "
-          f"{seconds:.0f} s ({used / seconds:,.0f} a second), loss {metrics[0]['loss']:.3f} -> "
-          f"{sum(row['loss'] for row in last) / len(last):.3f}, written to {args.out}")
-
-
-def line(row, steps):
-    """A step as a line."""
-    mfu = "" if row["mfu"] is None else f"  MFU {100 * row['mfu']:.1f}%"
-    left = (steps - row["step"] - 1) * row["seconds"]
-    return (f"step {row['step'] + 1}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
-            f"norm {row['grad_norm']:.3f}  {row['tokens_per_second']:,.0f} tokens/s{mfu}  "
-            f"{row['memory_bytes'] / 1e9:.2f} GB  {left / 60:.1f} min left")
 
 
 if __name__ == "__main__":

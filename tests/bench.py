@@ -3,6 +3,7 @@
     python tests/bench.py loss      the fused loss beside whole logits, PyTorch's own and Liger's
     python tests/bench.py train     the loop beside transformers' model in a plain loop
     python tests/bench.py decode    the sampler beside transformers' generate, and what forcing costs
+    python tests/bench.py plan      what train.py --plan says of Qwen2.5, with no file at hand
 
 A peer that is not installed is left out, and a line says so. `pip install transformers` (and
 liger-kernel on a CUDA machine) into an environment of its own. Times are medians of rounds in which
@@ -18,6 +19,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -411,16 +413,35 @@ def bench_forcing(model, config, rounds):
             samplers[name].computed // (rounds + 1) + again[name]] for name, s in seconds.items()])
 
 
+QWEN = {"7B": (4, Config(152064, 3584, 18944, 28, 28, 4)),     # H100s, and what config.json says
+        "32B": (16, Config(152064, 5120, 27648, 64, 40, 8))}
+
+
+def plans():
+    """s1's fine-tuning (section 4.1) of Qwen2.5: 1,000 traces of about 4,700 tokens, 5 epochs, at
+    the 20% of an H100's peak that s1's 26 minutes come to, and two dollars an hour."""
+    for name, (devices, config) in QWEN.items():
+        print(f"Qwen2.5-{name}, {devices} H100")
+        train.plan(SimpleNamespace(
+            devices=devices, device_tflops=989, device_memory_gb=80, mfu=0.2, usd_per_hour=2,
+            epochs=5, batch_size=16, tokens_per_batch=32768, recompute=True),
+            config, [([0] * 4700, 300)] * 1000, 315)
+        print()
+
+
 def main():
     if sys.argv[1:2] == ["_memory"]:
         return memory_of_one(*sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", nargs="+", choices=("loss", "train", "decode"))
+    parser.add_argument("what", nargs="+", choices=("loss", "train", "decode", "plan"))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device-tflops", type=float, help="the datasheet's peak, for MFU")
     args = parser.parse_args()
-    print(machine())
+    if "plan" in args.what:
+        plans()
+    if args.what != ["plan"]:
+        print(machine())
     if "loss" in args.what:
         bench_loss(args.rounds)
     if "train" in args.what:

@@ -16,7 +16,7 @@ from conftest import BASE, ROOT, tiny_model
 
 import data
 from data import BadInput, Chat
-from model import BadModel, Config, KVCache, Transformer
+from model import BadModel, Config, KVCache, Transformer, read_config
 from sample import Sampler
 
 FIXTURES = ROOT / "tests" / "fixtures"
@@ -459,4 +459,4 @@ def test_what_begins_like_a_path_is_no_hub_id(tmp_path, monkeypatch):
         assert data.local(name) == name
     with pytest.raises(BadInput, match="config.json|tokenizer"):
         Chat("models/gone")
-    assert Config.load(BASE).model_type == "qwen2"
+    assert read_config(BASE).model_type == "qwen2"

@@ -6,12 +6,13 @@ import re
 import sys
 from pathlib import Path
 
+import make_base
 import pytest
 
 import data
-from data import (BadInput, calculate, countdown_pieces, countdown_questions, countdown_traces,
-                  epoch_batches, equal, extract, grade, load_traces, pack, read_rows, split, targets_of,
-                  teacher)
+from data import (BadInput, calculate, countdown_questions, countdown_traces,
+                  epoch_batches, equal, extract, grade, load_traces, pack, read_rows, split,
+                  targets_of, teacher)
 
 # ---- Chat -----------------------------------------------------------------------------------
 
@@ -102,7 +103,7 @@ def test_parts_never_share_a_question():
 def test_no_piece_shows_a_held_out_question_or_thinking_behind_a_question():
     """Direct answers are to training questions, and so is every try held against a target."""
     tries = 0
-    for piece in countdown_pieces(2000, 1):
+    for piece in make_base.countdown_pieces(2000, 1):
         if isinstance(piece, tuple):
             question, thinking, answer = piece
             *numbers, target = map(int, re.findall(r"\d+", question))
@@ -123,7 +124,7 @@ def test_no_piece_shows_a_held_out_question_or_thinking_behind_a_question():
                 third = b if a == first[1] else a
                 assert first[1] in (a, b) and split((*first[0], third), value) == "train"
     assert tries > 2000
-    for numbers, steps in data.all_tries()[0].items():
+    for numbers, steps in make_base.all_tries()[0].items():
         assert all(split(numbers, value) == "train" for _, tries in steps for _, value, _ in tries)
 
 
@@ -217,11 +218,25 @@ def test_grade_the_labelled_cases(case):
                 assert equal(case["answer"], found) is (verdict == "right"), f"turned: {found}"
 
 
+@pytest.mark.parametrize("found, answer, verdict", [
+    ("9\\,\\text{cm}", "9", True), ("6xyz", "6", False), ("6 xyz", "6zyx", False),
+    ("( 100,200 )", "(100, 200)", True), ("(100,200)", "(100200)", False),
+    ("2\\theta+\\alpha", "\\alpha+\\theta 2", True), ("\\alpha", "\\theta", False),
+    ("-2^2", "-4", True), ("2^{-2}", "1/4", True), ("2\\cdot-3", "-6", True),
+    ("8/2\\pi", "4\\pi", True), ("52_8\\dfrac12", "9^0", False),
+    ("\\sin^2 x", "(\\sin x)^2", True), ("1<x\\le5", "1<x\\leq5", True),
+    ("\\{\\{1,2\\},3\\}", "\\{3,\\{2,1\\}\\}", True), ("\\{\\{1,2\\},3\\}", "\\{1,2,3\\}", False),
+    ("(1,2)+(3,4)", "(1,2,3,4)", False), ("٣", "3", False), ("x²", "x^2", False)])
+def test_equal_where_it_is_easily_mistaken(found, answer, verdict):
+    assert equal(found, answer) is equal(answer, found) is verdict
+
+
 @pytest.mark.parametrize("hostile", [
     "9**9**9", "9^9^9^9", "9^{9^{9^{9}}}", "(" * 100_000, "{" * 100_000, "-" * 999, "9!" * 400,
     "__import__('os').system('true')", "\\sqrt" * 200, "\\pm 1" * 200, "1," * 400, "\\text{" * 200,
     "\\begin{pmatrix}" * 60, "1,000" * 190, "a " * 500, "\\frac" * 200, "\\{" * 490, "|" * 500,
-    "(" * 30 + "1,2" + ")" * 30, "\\boxed{" * 9999, "x" * 100_000, "1e999999", "\\binom{98}{97}!"])
+    "(" * 30 + "1,2" + ")" * 30, "\\boxed{" * 9999, "x" * 100_000, "1 " + "x" * 900 + "!",
+    "1e999999", "\\binom{98}{97}!"])
 def test_hostile_answers_are_wrong_and_cost_little(hostile):
     """Little in steps of the interpreter, which a slow machine does not change."""
     steps = 0

@@ -204,7 +204,9 @@ def test_select_from_end_to_end(run, tiny, tmp_path):
     rows = [json.loads(line) for line in printed.splitlines()]
     easy = rows[0]["question"]
     (tmp_path / "rows.jsonl").write_text(json.dumps({"question": easy, "correct": True}) + "\n"
-                                         + json.dumps({"question": easy, "correct": False}))
+                                         + json.dumps({"question": easy, "correct": False})
+                                         + "\n" + json.dumps({"question": rows[2]["question"],
+                                                              "correct": "No"}))
     (tmp_path / "held.jsonl").write_text(json.dumps({"question": rows[1]["question"]}))
     command = ["data", "select", "--pool", tmp_path / "pool.jsonl", "--benchmarks",
                tmp_path / "held.jsonl", "--verdicts", tmp_path / "rows.jsonl", "--words", 12,
