@@ -57,6 +57,10 @@ MUTANTS = [
      'if raw.get("use_sliding_window") or', 'if False and'),
     ('a shard anywhere on the disk', 'model.py', CHECKPOINTS,
      'if not plain:', 'if False:'),
+    ('recomputation recomputes nothing', 'model.py', TRAIN,
+     'x = checkpoint(block, x, rope, lengths, use_reentrant=False)', 'x = block(x, rope, lengths)'),
+    ('recomputation changes the gradient', 'model.py', TRAIN,
+     'x = checkpoint(block, x, rope,', 'x = checkpoint(block, x.detach(), rope,'),
     # data.py
     ('text becomes control tokens', 'data.py', DATA,
      'return self.plain.encode(text, add_special_tokens=False).ids',
@@ -155,6 +159,10 @@ MUTANTS = [
      'len(trace[1]) >= seed_length][:n]'),
     ('a pool of held-out questions', 'data.py', SELECT,
      'countdown_keys("train", 2 * HIGHEST)', 'countdown_keys("test", 2 * HIGHEST)'),
+    ("llama's text has no beginning", 'data.py', CHECKPOINTS,
+     '"<|begin_of_text|><|start_header_id|>user', '"<|start_header_id|>user'),
+    ('the right option comes first', 'data.py', DATA,
+     'random.Random(f"options {seed} {question}").shuffle(options)', 'pass'),
     # train.py
     ('a mean of means', 'train.py', TRAIN,
      '(loss / supervised * world).backward()',
@@ -180,6 +188,16 @@ MUTANTS = [
      'if len(example[0]) <= longest]', ']'),
     ('a checkpoint in place', 'train.py', TRAIN,
      'final.with_name(final.name + ".draft") if', 'final if'),
+    ('the recorded command lacks a flag', 'train.py', PROGRAMS,
+     '*sys.argv[1:]])', '*sys.argv[1:-2]])'),
+    ('--recompute is not heard', 'train.py', TRAIN,
+     '        model.recompute = args.recompute\n', ''),
+    ('--save-dtype is not heard', 'train.py', TRAIN,
+     'args.save_dtype and getattr(torch, args.save_dtype)', 'None'),
+    ('attention without causality', 'train.py', TRAIN,
+     '+ 6 * L * H * D * sum(', '+ 12 * L * H * D * sum('),
+    ('the plan always fits', 'train.py', TRAIN,
+     "{'fits' if need <= room else 'does not fit'}", 'fits'),
     # sample.py
     ('a free slot waits', 'sample.py', SAMPLE,
      'min(len(waiting), self.slots - len(rows))', '0 if rows else min(len(waiting), self.slots)'),
@@ -198,6 +216,10 @@ MUTANTS = [
      'readers, logits = [*new], []'),
     ("the logits of a shorter prompt's filling", 'sample.py', SAMPLE,
      '[len(row.prompt) - 1 for row in rows]', '[width - 1 for row in rows]'),
+    ('a row goes round for ever', 'sample.py', SAMPLE,
+     'elif repeats and row.repeats(repeats):', 'elif False:'),
+    ('a round too many', 'sample.py', SAMPLE,
+     'self.seen[run] >= times > 0', 'self.seen[run] > times > 0'),
     # budget_force.py
     ('the budget off by one', 'budget_force.py', FORCE,
      '        if left <= 0:', '        if left <= -1:'),
@@ -257,6 +279,13 @@ MUTANTS = [
     ('the text behind thinking', 'budget_force.py', PROGRAMS,
      'chat.decode(row.tokens[thought.answer:len(row.tokens)',
      'chat.decode(row.tokens[:len(row.tokens)'),
+    ('the old evaluation goes before the new one is there', 'budget_force.py', PROGRAMS,
+     'draft = directory.with_name(directory.name + ".new")\n',
+     'draft = directory.with_name(directory.name + ".new")\n'
+     '    shutil.rmtree(directory, ignore_errors=True)\n'),
+    ('an evaluation is written into the old one', 'budget_force.py', PROGRAMS,
+     '    shutil.rmtree(directory, ignore_errors=True)\n    draft.rename(directory)\n',
+     '    shutil.copytree(draft, directory, dirs_exist_ok=True)\n'),
 ]
 
 

@@ -256,6 +256,27 @@ def test_an_evaluation_with_other_arguments_is_not_gone_on_with(run, tiny, tmp_p
     assert not (out / "eval.draft").exists()
 
 
+def test_an_evaluation_stays_until_the_next_is_whole(tmp_path, monkeypatch):
+    home, old = tmp_path / "eval", {"rows.jsonl": "old", "more": "old"}
+    home.mkdir()
+    for name, text in old.items():
+        (home / name).write_text(text)
+    results = [({"n": 1}, [{"correct": True}])]
+
+    def full(runs, path):
+        raise OSError("the disk is full")
+    monkeypatch.setattr(budget_force, "draw", full)
+    with pytest.raises(OSError):
+        budget_force.write(home, results, {})
+    assert {path.name: path.read_text() for path in home.iterdir()} == old
+    monkeypatch.setattr(budget_force, "draw", lambda runs, path: path.write_text("curve"))
+    budget_force.write(home, results, {"control": 100})
+    assert {path.name: path.read_text() for path in home.iterdir()} == {
+        "rows.jsonl": '{"correct": true}\n', "runs.jsonl": '{"n": 1}\n', "curve.png": "curve",
+        "summary.json": '{\n  "control": 100\n}\n'}
+    assert [path.name for path in tmp_path.iterdir()] == ["eval"]
+
+
 def test_two_processes_share_the_questions(run, tiny, tmp_path):
     one, two = tmp_path / "one" / "tiny", tmp_path / "two" / "tiny"
     for directory in (one, two):

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from data import BadInput, pack
-from model import Config, Transformer
+from model import Block, Config, Transformer
 
 
 def forked(function, **environment):
@@ -151,6 +151,17 @@ def test_recomputation_changes_the_memory_and_not_the_gradient():
     (plain, expected), (less, got) = found
     assert less < plain / 2
     assert same(got, expected)
+
+
+def test_recompute_runs_each_block_again_to_the_same_end(run, tiny, tmp_path, monkeypatch):
+    calls, found, forward = [], [], Block.forward
+    monkeypatch.setattr(Block, "forward", lambda *inputs: calls.append(1) or forward(*inputs))
+    for name, flags in (("plain", ()), ("recomputed", ("--recompute",))):
+        calls.clear()
+        assert run("train", *command(tiny, tmp_path / name, *flags))[0] == 0
+        found.append((len(calls), weights(tmp_path / name)))
+    (once, plain), (twice, recomputed) = found
+    assert twice == 2 * once > 0 and same(plain, recomputed)
 
 
 def test_bfloat16_computes_in_bfloat16_over_float32_weights(run, tiny, tmp_path):
