@@ -17,7 +17,6 @@ import argparse
 import cmath
 import contextlib
 import email.utils
-import functools
 import hashlib
 import http.client
 import itertools
@@ -36,7 +35,8 @@ import time
 import typing
 import urllib.parse
 import zlib
-from collections import Counter, namedtuple
+from collections import Counter
+from dataclasses import dataclass
 from fractions import Fraction
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
@@ -710,7 +710,7 @@ def tidy(text):
     return tokens
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class Several:
     """A list, set, matrix, inequality, ... Arithmetic with it is a TypeError: it is no number."""
     kind: str                   # the sign between them, or the brackets around them
@@ -1073,9 +1073,13 @@ def dollars(args, read, written):
     return (read * (args.usd_in or 0) + written * (args.usd_out or 0)) / 1e6
 
 
-# What is asked once: a row of load_questions, the how-manieth time, the key of the row to come, the
-# body of the request, and the dollars that one try costs at most.
-Job = namedtuple("Job", "question sample key body most")
+class Job(typing.NamedTuple):
+    """What is asked once."""
+    question: dict              # a row of load_questions
+    sample: int                 # which of its answers
+    key: str                    # of the row to come
+    body: dict                  # of the request
+    most: float                 # dollars that one try may cost
 
 
 class Asking:

@@ -217,7 +217,7 @@ MUTANTS = [
     ("the logits of a shorter prompt's filling", 'sample.py', SAMPLE,
      '[len(row.prompt) - 1 for row in rows]', '[width - 1 for row in rows]'),
     ('a row goes round for ever', 'sample.py', SAMPLE,
-     'elif repeats and row.repeats(repeats):', 'elif False:'),
+     'return "repetition" if repeats and row.repeats(repeats) else None', 'return None'),
     ('a round too many', 'sample.py', SAMPLE,
      'self.seen[run] >= times > 0', 'self.seen[run] > times > 0'),
     # budget_force.py

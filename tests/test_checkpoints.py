@@ -16,7 +16,7 @@ from conftest import BASE, ROOT, tiny_model
 
 import data
 from data import BadInput, Chat
-from model import BadModel, Config, KVCache, Transformer, read_config
+from model import BadModel, KVCache, Transformer, read_config
 from sample import Sampler
 
 FIXTURES = ROOT / "tests" / "fixtures"

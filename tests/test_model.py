@@ -8,8 +8,7 @@ import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 from conftest import tiny_config, tiny_model
 
-from model import (BadModel, Config, FusedLinearCrossEntropy, KVCache, Transformer, read_config,
-                   rotary)
+from model import BadModel, FusedLinearCrossEntropy, KVCache, Transformer, read_config, rotary
 
 
 def plain_forward(state, config, ids, positions=None):

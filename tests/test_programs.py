@@ -17,7 +17,7 @@ import mutants
 import pytest
 import safetensors.torch
 import torch
-from conftest import BASE, ROOT
+from conftest import ROOT
 
 import budget_force
 import data
