@@ -57,7 +57,7 @@ MUTANTS = [
     ('a sliding window is taken', 'model.py', CHECKPOINTS,
      'if raw.get("use_sliding_window") or', 'if False and'),
     ('a shard anywhere on the disk', 'model.py', CHECKPOINTS,
-     'if not plain:', 'if False:'),
+     'if not plain or', 'if'),
     # data.py
     ('text becomes control tokens', 'data.py', DATA,
      'return self.plain.encode(text, add_special_tokens=False).ids',
@@ -75,7 +75,7 @@ MUTANTS = [
      'depth += {"{": 1, "}": -1}.get(text[i], 0)',
      'depth += {"}": -1}.get(text[i], 0) if depth else 1'),
     ('a number may be used twice', 'data.py', DATA,
-     'sorted(used) == sorted(answer["numbers"])', 'set(used) == set(answer["numbers"])'),
+     'sorted(used) == numbers', 'set(used) == set(numbers)'),
     ('a tuple has no order', 'data.py', DATA,
      'if a[0] != "set":', 'if a[0] == "matrix":'),
     ('a decimal is near enough', 'data.py', DATA,
