@@ -64,7 +64,7 @@ def complaints(*kinds):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (BadInput, OSError, *kinds) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", escape(str(error)).replace("\n", " "), file=sys.stderr)
         sys.exit(2)
 
 
@@ -103,7 +103,7 @@ SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
 class Family(typing.NamedTuple):
     """How a family of models writes a conversation. `<|...|>` and the like are control tokens."""
-    sign: set                   # control tokens by which a tokenizer of the family is recognised
+    sign: set                   # its control tokens, by which its tokenizer is recognised
     head: str                   # up to where the assistant's turn begins
     tail: str                   # the end of that turn
     thinking: str               # its delimiters of thinking
@@ -112,10 +112,12 @@ class Family(typing.NamedTuple):
 
 # In the order in which they are looked for.
 FAMILIES = {
-    "deepseek-r1": Family({"<｜User｜>", "<｜Assistant｜>"},
+    "deepseek-r1": Family({"<｜User｜>", "<｜Assistant｜>", "<｜begin▁of▁sentence｜>",
+                           "<｜end▁of▁sentence｜>"},
                           "<｜begin▁of▁sentence｜><｜User｜>{question}<｜Assistant｜>",
                           "<｜end▁of▁sentence｜>", "think", "<think>\n\n</think>\n\n"),
-    "llama3": Family({"<|start_header_id|>", "<|eot_id|>"},
+    "llama3": Family({"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+                      "<|begin_of_text|>"},
                      "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{question}"
                      "<|eot_id|>"
                      "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", "think"),
@@ -158,23 +160,30 @@ class Chat:
             text = self.path.read_text(encoding="utf-8")
             self.tokenizer = tokenizers.Tokenizer.from_str(text)
             raw = json.loads(text)
-            self.control = {token["content"]: token["id"] for token in raw["added_tokens"]}
+            # Under the ids that the library gives them, whatever the file says; without what would
+            # tear the {names} in our templates apart.
+            self.control = {token["content"]: self.tokenizer.token_to_id(token["content"])
+                            for token in raw["added_tokens"]
+                            if token["content"] and not set("{}") & set(token["content"])}
             # The same without the added tokens, special or not, reads text as nothing but text.
             self.plain = tokenizers.Tokenizer.from_str(json.dumps({**raw, "added_tokens": []}))
             self.plain.no_truncation()
             self.plain.no_padding()
-        except Exception as error:              # the library raises nothing narrower
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:          # nothing narrower: a panic in Rust is no Exception
             raise BadInput(f"{self.path} cannot be read as a tokenizer: {error}") from None
         said = read_object(self.directory / "chat.json")
         name = family or said.get("family") or next(
             (name for name, family in FAMILIES.items() if family.sign <= self.control.keys()), None)
-        if name not in FAMILIES or not FAMILIES[name].sign <= self.control.keys():
+        known = isinstance(name, str) and name in FAMILIES
+        if not known or not FAMILIES[name].sign <= self.control.keys():
             asked = name or "a known chat format"
             raise BadInput(f"{self.path}: its tokens are not those of {asked} "
                            f"(known: {', '.join(FAMILIES)}; --chat chooses)")
         self.family = FAMILIES[name]
         style = thinking or said.get("thinking") or self.family.thinking
-        if style not in THINKING_STYLES:
+        if not isinstance(style, str) or style not in THINKING_STYLES:
             raise BadInput(f"{self.directory / 'chat.json'}: thinking {style!r} is not known "
                            f"(known: {', '.join(THINKING_STYLES)})")
         self.format = {"family": name, "thinking": style}
@@ -183,7 +192,8 @@ class Chat:
         self.end = self.render(self.family.tail)[0]
         self.stops = {self.end}
         for name in ("config.json", "generation_config.json"):
-            self.stops |= listed(read_object(self.directory / name).get("eos_token_id"))
+            self.stops |= {n for n in listed(read_object(self.directory / name).get("eos_token_id"))
+                           if 0 <= n < 2**31 and self.tokenizer.id_to_token(n) is not None}
         # Drawn while thinking, these tuples want to end it. A closing of plain text may have any
         # of its newlines in its last token.
         closing = self.closing.rstrip("\n")
@@ -201,7 +211,8 @@ class Chat:
     def render(self, template, **texts):
         """Token ids of a template of ours: control tokens by name, {names} filled in as text."""
         ids = []
-        for part in re.split(f"({'|'.join(map(re.escape, self.control))})", template):
+        controls = "|".join(map(re.escape, sorted(self.control, key=len, reverse=True)))
+        for part in re.split(rf"(\{{\w+\}}|{controls})", template):
             ids += [self.control[part]] if part in self.control else self.text(part.format(**texts))
         return ids
 
@@ -240,7 +251,7 @@ def read_object(path):
     """The object in a JSON file, {} where there is no file; else BadInput."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is no JSON: {error}") from None
     if not isinstance(found, dict):
         raise BadInput(f"{path} holds no object")
@@ -249,7 +260,7 @@ def read_object(path):
 
 def listed(value):
     """eos_token_id as it is met: a number, a list of them, or nothing."""
-    return {n for n in (value if isinstance(value, list) else [value]) if isinstance(n, int)}
+    return {n for n in (value if isinstance(value, list) else [value]) if type(n) is int}
 
 
 def model_flags(add, **options):
@@ -340,8 +351,15 @@ def read_json(path):
         return rows
     except json.JSONDecodeError as error:
         raise BadInput(f"{path}, line {number or error.lineno}: no JSON ({error.msg})") from None
+    except ValueError as error:                 # a number of more digits than Python reads
+        raise BadInput(f"{path}{f', line {number}' * bool(number)}: no JSON ({error})") from None
     except RecursionError:
         raise BadInput(f"{path}: nested too deep") from None
+
+
+def mended(text):
+    """Half a surrogate pair is valid JSON, and no tokenizer takes it."""
+    return text.encode(errors="replace").decode()
 
 
 def trace_of(row, teacher="deepseek"):
@@ -355,7 +373,7 @@ def trace_of(row, teacher="deepseek"):
         value = value[0] if isinstance(value, list) else value      # s1K's list of trajectories
         if not isinstance(value, str) or not value.strip():
             return f"no {names[0]}" if names is not ANSWER else "no answer"
-        trace.append(value)
+        trace.append(mended(value))
     return tuple(trace)
 
 
@@ -371,13 +389,13 @@ def usable_rows(path, teacher="deepseek", verbose=False):
         reasons[trace] += 1
         first = first or f"{place}: {trace}"
         if verbose:
-            print(f"{place}: {trace}", file=sys.stderr)
+            print(escape(f"{place}: {trace}"), file=sys.stderr)
     if not kept:
         raise BadInput(f"{path}: no row can be used ({first})")
     if reasons:
         said = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
         print(f"{path}: {reasons.total():,} of {reasons.total() + len(kept):,} rows passed over: "
-              f"{said}", file=sys.stderr)
+              f"{escape(said)}", file=sys.stderr)
     return kept
 
 
@@ -386,28 +404,47 @@ def load_traces(path, teacher="deepseek", verbose=False):
     return [trace for _, trace in usable_rows(path, teacher, verbose)]
 
 
+def reference_of(value):
+    """A reference answer as `grade` takes it: a string, an object (Countdown's), or None. BadInput
+    where it is another object."""
+    if isinstance(value, dict):
+        grade("Answer: 1", value)
+    return value if isinstance(value, (dict, type(None))) else mended(str(value))
+
+
+def question_of(row, seed, graded):
+    """{"question", "answer"} of a row; BadInput where it has none."""
+    question, answer = (next((row[name] for name in names if row.get(name) is not None), None)
+                        for names in (QUESTION, REFERENCE))
+    question = mended(question) if isinstance(question, str) else ""
+    answer = reference_of(answer)
+    wrong = [mended(str(row[name])) for name in sorted(row) if name.startswith("Incorrect Answer")]
+    solved = not wrong and not row.keys() & {"answer", "gtruth_answer"}
+    if solved and isinstance(answer, str) and "\\boxed{" in answer:
+        answer = extract(answer)                # in which it ends
+    if not question.strip() or not answer and graded or wrong and not isinstance(answer, str):
+        raise BadInput(f"no {'answer' if question.strip() else 'question'}")
+    if wrong:
+        options = [answer, *wrong]
+        if len(options) > 8:
+            raise BadInput("more than 8 options")
+        random.Random(f"options {seed} {question}").shuffle(options)
+        lines = [f"{letter}) {option.strip()}" for letter, option in zip("ABCDEFGH", options)]
+        question = "\n".join([question.strip(), "", *lines])
+        answer = "ABCDEFGH"[options.index(answer)]
+    return {"question": question, "answer": answer}
+
+
 def load_questions(path, seed=0, graded=True):
     """Rows of question and answer, as MATH500, AIME, GPQA-Diamond and s1K name them. The options of
     a multiple choice are shuffled by `seed`, and the answer is a letter. BadInput names the place
     of a row without; if not `graded`, the answer may be missing and is None."""
     questions = []
     for place, row in read_rows(path):
-        question, answer = (next((row[name] for name in names if row.get(name) is not None), None)
-                            for names in (QUESTION, REFERENCE))
-        if not isinstance(answer, (dict, type(None))):          # Countdown's is an object
-            answer = str(answer)
-        if not question or not answer and graded:
-            raise BadInput(f"{place}: no {'answer' if question else 'question'}")
-        wrong = [str(row[name]) for name in sorted(row) if name.startswith("Incorrect Answer")]
-        if wrong:
-            options = [answer, *wrong]
-            random.Random(f"options {seed} {question}").shuffle(options)
-            listed = "\n".join(f"{letter}) {option.strip()}" for letter, option in
-                               zip("ABCDEFGH", options))
-            question, answer = f"{question.strip()}\n\n{listed}", "ABCDEFGH"[options.index(answer)]
-        if not row.keys() & {"answer", "gtruth_answer"} and "\\boxed{" in (answer or ""):
-            answer = extract(answer)            # of a solution that ends in it
-        questions.append({"question": question, "answer": answer})
+        try:
+            questions.append(question_of(row, seed, graded))
+        except BadInput as error:
+            raise BadInput(f"{place}: {error}") from None
     return questions
 
 
@@ -638,10 +675,14 @@ def grade(text, answer):
     if isinstance(answer, str):
         return equal(found, answer)
     try:
+        numbers, target = sorted(answer["numbers"]), answer["target"]
+    except (KeyError, TypeError):
+        raise BadInput(f"no reference answer, a string or numbers and target: {answer!r}") from None
+    try:
         value, used = calculate(found.split("=")[0])
     except ValueError:
         return False
-    return value == answer["target"] and sorted(used) == sorted(answer["numbers"])
+    return value == target and sorted(used) == numbers
 
 
 def calculate(text):
@@ -910,9 +951,7 @@ def row_key(*asked):
 
 def trace_row(question, thinking, answer, **teacher):
     """A row to be written, of a row of load_questions and what came back."""
-    # Half a surrogate pair is valid JSON, and no tokenizer takes it.
-    thinking, answer = (text.encode(errors="replace").decode().strip()
-                        for text in (thinking, answer))
+    thinking, answer = mended(thinking).strip(), mended(answer).strip()
     row = {"question": question["question"], "thinking": thinking, "answer": answer}
     if question["answer"] is not None:
         row |= {"gtruth_answer": question["answer"], "correct": grade(answer, question["answer"])}
@@ -937,7 +976,7 @@ def open_traces(path):
         for number, line in enumerate(lines, 1):
             whole, ours = line.endswith(b"\n"), b'{"question": '[:len(line)]
             try:
-                teacher = json.loads(line)["teacher"]
+                teacher = json.loads(line.decode())["teacher"]
                 done[teacher["key"]] = teacher
                 end += len(line)
                 file.write(b"" if whole else b"\n")
@@ -1050,10 +1089,14 @@ def split_message(message):
     """
     texts = {name: text for name, text in message.items() if isinstance(text, str)}
     field = texts.get("reasoning") or texts.get("reasoning_content")
-    content, inside = texts.get("content", ""), []
-    while opened := re.match(r"\s*<(think|thought)>", content):
-        thought, _, content = content[opened.end():].partition(f"</{opened[1]}>")
-        inside.append(thought)
+    content, inside, begin = texts.get("content", ""), [], 0
+    opening = re.compile(r"\s*<(think|thought)>")
+    while opened := opening.match(content, begin):      # by places: cutting would be quadratic
+        closing = f"</{opened[1]}>"
+        end = content.find(closing, opened.end()) % (len(content) + 1)      # -1: all the rest
+        inside.append(content[opened.end():end])
+        begin = end + len(closing)
+    content = content[begin:]
     if not field and not inside and (closed := re.search(r"</(think|thought)>", content)):
         inside, content = [content[:closed.start()]], content[closed.end():]
     return field or "\n\n".join(inside), content
@@ -1061,7 +1104,7 @@ def split_message(message):
 
 def tokens_used(usage):
     """Tokens (read, written) of a reply's usage; None where it does not say."""
-    with contextlib.suppress(LookupError, TypeError):
+    with contextlib.suppress(LookupError, TypeError, OverflowError):
         read, written = usage["prompt_tokens"], usage["completion_tokens"]
         # Gemini leaves the thoughts out of the latter, but not out of the total.
         written = max(written, usage.get("total_tokens", 0) - read)
@@ -1279,7 +1322,7 @@ ERRORS = re.compile(r"(?i)^\s*(error\b|<html)|\b(APIError|RateLimitError|interna
 IMAGES = re.compile(r"(?i)!\[|<image|\[asy\]|\\includegraphics"
                     r"|\b(figure|diagram|image|graph|picture)\s+(below|above|shown|attached)"
                     r"|\bshown in the (figure|diagram|picture)")
-DRAWING = re.compile(r"(?:^[ \t]*[-|/\\_+*=.<>^ \t]{4,}$\n?){3}", re.M)
+DRAWING = re.compile(r"(?:^[-|/\\_+*=.<>^ \t]{4,}$\n?){3}", re.M)
 
 
 def decontaminate(benchmarks, words):
@@ -1318,7 +1361,7 @@ def quality(row, trace):
         return "a drawing in characters"
     if IMAGES.search(question):
         return "a picture that is not there"
-    numbers = [int(n) for n in re.findall(r"^\s*(\d{1,2})[.)]\s", question, re.M)]
+    numbers = [int(n) for n in re.findall(r"^[^\S\n]*(\d{1,2})[.)]\s", question, re.M)]
     broken = any(b not in (1, a + 1) for a, b in itertools.pairwise([0, *numbers]))
     return "broken numbering" if broken else None
 
@@ -1345,6 +1388,7 @@ def right(row, trace, teacher="deepseek"):
         if (known := verdict(row.get(column))) is not None:
             return known
     reference = next((row[name] for name in ("gtruth_answer", "solution") if row.get(name)), None)
+    reference = reference_of(reference)
     if isinstance(reference, str):              # a solution ends in its answer, or is prose
         reference = extract(reference) or (reference if len(reference) < 100 else None)
     said = trace[2] if extract(trace[2]) else f"Answer: {trace[2]}"
@@ -1417,7 +1461,7 @@ def select(args):
     verdicts = {}
     for path in args.verdicts:
         for _, row in read_rows(path):
-            question = row.get("question")
+            question = str(row.get("question"))
             verdicts[question] = verdicts.get(question) or verdict(row.get("correct"))
     rows = usable_rows(args.pool, args.teacher, args.verbose)
     stages = {"decontamination": decontaminate(held, args.words), "quality": quality}
