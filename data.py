@@ -91,7 +91,8 @@ def at_least(lowest, kind=int, highest=math.inf):
     """The type of a flag that takes a number from `lowest` to `highest`."""
     def number(text):
         if not lowest <= kind(text) <= highest:
-            raise argparse.ArgumentTypeError(f"{text} is less than {lowest} or more than {highest}")
+            above = f" and at most {highest}" if highest < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {lowest}{above}")
         return kind(text)
     return number
 
@@ -137,7 +138,7 @@ THINKING_STYLES = {"s1": ("<|im_start|>think\n", "<|im_start|>answer\n"),
 
 
 class Chat:
-    """The tokenizer of a model directory, and the text of a conversation as tokens.
+    r"""The tokenizer of a model directory, and the text of a conversation as tokens.
 
     One training example of the family qwen2.5 with s1's delimiters:
 
@@ -468,6 +469,8 @@ def ask_for_lengths(traces, chat, kinds):
         tokens = len(chat.text(thinking))
         if kind == "steps":
             thinking, limit = count_down(thinking)
+            if not limit:
+                raise BadInput("a trace without a line that is a sum alone has no steps to ask for")
         else:
             limit = (2 ** (tokens - 1).bit_length() if kind == "tokens" else
                      "short" if tokens <= SHORT else "long")    # of its class
@@ -626,7 +629,7 @@ def countdown_traces(n, seed, give_up=GIVE_UP, hurried=0):
     return traces[:n]
 
 
-def countdown_pool(n, seed):
+def countdown_pool(n, seed, give_up=GIVE_UP):
     """n rows to choose from: training questions with their numbers in every order, which decides
     how long the teacher searches, and targets twice as high, which are not asked for in the end.
     The domain is what a sure teacher's answer is made of, "+*", or "high"."""
@@ -638,7 +641,7 @@ def countdown_pool(n, seed):
     for numbers, target in shown[:n]:
         question, answer = ask(numbers, target), {"numbers": list(numbers), "target": target}
         rng = random.Random(f"teacher {seed} {question}")
-        thinking, said = teacher(numbers, target, rng)
+        thinking, said = teacher(numbers, target, rng, give_up)
         sure = teacher(numbers, target, rng, give_up=0, hasty=0, doubt=0)[1]
         yield {"question": question, "thinking": thinking, "answer": said, "gtruth_answer": answer,
                "correct": grade(f"Answer: {said}", answer),
@@ -650,8 +653,8 @@ def countdown_pool(n, seed):
 
 
 def extract(text):
-    """The answer in the text after thinking: the last \boxed{...}, else what follows the last
-    `Answer:` on its line; None where there is neither."""
+    r"""The answer in the text after thinking: the last \boxed{...}, else the line that follows the
+    last `Answer:`; None where there is neither."""
     start = text.rfind("\\boxed{")
     if start >= 0:
         depth = 0
@@ -718,7 +721,9 @@ SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<=[0-9])\s+(?:[a-zA-Z]{3,}(?:\s+[a-zA-Z]{3,})*|[ckm]?m|k?g|s|h)(?:\^[0-9])?\.?$", ""),
     (r"\\text\s*\{([^{}]*)\}", r"\1"),
     (r"(?:\\\\\s*)?\\end\s*\{[a-z]+\}", r"\\end "), (r"\\begin\s*\{[a-z]+\}", r"\\begin "),
+    (r"(?<=[0-9])\s+([0-9]+)/([0-9]+)", r"\\frac{\1}{\2}"),     # 1 4/5
     (r"(?<=[0-9])\s*(?=\\[dtc]?frac)", r"\\mixed "),            # 1\frac{4}{5}
+    (r"(?<![0-9.,])([0-9]{1,3}(?: [0-9]{3})+)(?![0-9.,])", lambda m: m[1].replace(" ", "")),
     (r"^(?:\\[a-z]+|[a-zA-Z](?:\([a-zA-Z]\))?|\([a-z](?:, ?[a-z])*\))\s*"
      r"(?:=|\\in\b)(?=[^=]*$)", ""),                            # x =, f(x) =, (x, y) =
     (r"\.$", ""), (r"^([A-Z])[):]$", r"\1"))]
@@ -818,6 +823,7 @@ ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": oper
               r"\mixed": mixed, "^": raised}
 BRACKETS = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), r"\{": (r"\}",), "|": ("|",),
             r"\begin": (r"\end",)}
+NUMBER = re.compile(r"\.?[0-9]")
 ENDS = {"", *itertools.chain(*BRACKETS.values())}
 CONSTANTS = {r"\pi": math.pi, "e": math.e, "i": 1j, r"\infty": 8.94427190999916e37}
 FUNCTIONS = {"\\" + name: getattr(cmath, name) for name in ("sin", "cos", "tan", "exp")} | {
@@ -844,7 +850,12 @@ class Formula:
     def __init__(self, tokens):
         if len(tokens) > 500:
             raise ValueError("too long for a formula")
-        self.tokens, self.depth = ["", *tokens[::-1]], 0        # the next is last, "" is the end
+        self.tokens = ["", *tokens[::-1]]       # the next one comes last, "" is the end
+        self.last, self.depth = "", 0           # what was taken last; how deep in brackets
+
+    def take(self):
+        self.last = self.tokens.pop()
+        return self.last
 
     def whole(self):
         value = self.climb(0)
@@ -858,10 +869,12 @@ class Formula:
         value = self.value(least)
         while self.tokens[-1] not in ENDS:
             sign = self.tokens[-1] if self.tokens[-1] in LEVELS else "*"
+            if NUMBER.match(self.tokens[-1]) and NUMBER.match(self.last):
+                raise ValueError("two numbers side by side")
             if LEVELS[sign] < least:
                 break
             if self.tokens[-1] == sign:
-                self.tokens.pop()
+                self.take()
             if sign == "!":
                 value = Fraction(math.factorial(small(value)))
                 continue
@@ -878,8 +891,8 @@ class Formula:
         self.depth += 1
         if self.depth > 40:
             raise ValueError("nested too deep")
-        token = self.tokens.pop()
-        if re.match(r"\.?[0-9]", token):
+        token = self.take()
+        if NUMBER.match(token):
             value = Fraction(token)
         elif token in ("+", "-"):                               # -2^2 is -4, 2^-2 is 1/4
             value = self.climb(max(least, LEVELS["*"])) * {"+": 1, "-": -1}[token]
@@ -895,7 +908,7 @@ class Formula:
         elif token in FUNCTIONS:
             power = 1
             if self.tokens[-1] == "^":                          # \sin^2 x
-                self.tokens.pop()
+                self.take()
                 power = self.piece()
             value = raised(FUNCTIONS[token](self.climb(LEVELS["^"])), power)
         elif token not in LEVELS and re.fullmatch(r"[a-zA-Z]|\\[a-zA-Z]+", token):
@@ -913,7 +926,7 @@ class Formula:
         return self.value()
 
     def bracket(self, opened):
-        value, closed = self.climb(0), self.tokens.pop()
+        value, closed = self.climb(0), self.take()
         listed = isinstance(value, Several) and value.kind == ","
         if closed not in BRACKETS[opened]:
             raise ValueError(f"{opened!r} and {closed!r} do not match")
@@ -1500,25 +1513,40 @@ def targets_of(ids, first):
     return [-100] * (first - 1) + ids[first:] + [-100]
 
 
-def pack(examples, tokens_per_batch):
-    """Put examples (ids, first) into as few rows of `tokens_per_batch` tokens as best fit can.
-
-    The longest first, each into the fullest row that still has room. Yields what `forward` takes,
-    one row after the other: ids (1, T), positions (1, T), lengths [...], targets (1, T).
-
-        ids        a a a a b b b c c
-        positions  0 1 2 3 0 1 2 0 1
-        lengths    4, 3, 2
-    """
-    rows = []
+def best_fit(examples, room):
+    """Examples (ids, first) in rows of at most `room` tokens: the longest first, each into the
+    fullest row that still has room."""
+    rows = []                                   # of each its tokens, then its examples
     for example in sorted(examples, key=lambda example: -len(example[0])):
-        room = [row for row in rows if row[0] + len(example[0]) <= tokens_per_batch]
-        row = max(room, key=lambda row: row[0], default=None)
+        fits = [row for row in rows if row[0] + len(example[0]) <= room]
+        row = max(fits, key=lambda row: row[0], default=None)
         if row is None:
             rows.append(row := [0])
         row[0] += len(example[0])
         row.append(example)
-    for _, *row in rows:
+    return [row for _, *row in rows]
+
+
+def pack(examples, tokens_per_batch, processes=1):
+    """Examples (ids, first) in as few rows of `tokens_per_batch` tokens as best fit can. Yields
+    what `forward` takes, a row at a time: ids, positions, targets (1, T), and lengths.
+
+        ids        a a a a b b b c c
+        positions  0 1 2 3 0 1 2 0 1
+        lengths    4, 3, 2
+
+    Several processes take a row each at a time and wait for the one with the longest. So the rows
+    are then as short as can be in so many rounds, and no fewer than there is somebody to take one.
+    """
+    rows = best_fit(examples, tokens_per_batch)
+    if processes > 1:
+        most = -(-len(rows) // processes) * processes
+        low, high = -(-sum(len(ids) for ids, _ in examples) // most), tokens_per_batch
+        while low < high:                       # the least room with which `most` rows suffice
+            room = (low + high) // 2
+            low, high = (low, room) if len(best_fit(examples, room)) <= most else (room + 1, high)
+        rows = best_fit(examples, high)
+    for row in rows:
         lengths = [len(ids) for ids, _ in row]
         yield {"ids": torch.tensor([[i for ids, _ in row for i in ids]]),
                "positions": torch.cat([torch.arange(n) for n in lengths])[None],
@@ -1570,7 +1598,7 @@ def show_some(args):
 
 
 def print_countdown(args):
-    rows = countdown_pool(args.n, args.seed) if args.pool else (
+    rows = countdown_pool(args.n, args.seed, args.give_up) if args.pool else (
         countdown_traces(args.n, args.seed, args.give_up, len(args.ask)))
     if args.ask:
         rows = ask_for_lengths(rows, Chat(local(args.model), args.chat, args.thinking), args.ask)

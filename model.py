@@ -296,7 +296,7 @@ def softmax_step(logits, targets, room=None):
     wanted = logits.gather(1, t)[:, 0].float()
     p = (torch.softmax(logits.float(), 1) if room is None
          else torch.softmax(room.copy_(logits), 1, out=room))
-    # log Z is read off the largest logit and its probability, which is never below 1/V.
+    # log Z = max - log p_max, for p_max = exp(max) / Z; it is never below 1/V.
     loss = (top - p.amax(1).log() - wanted).sum()
     lacking = p.gather(1, t) - 1
     logits.copy_(p).scatter_(1, t, lacking.to(logits.dtype))
@@ -325,7 +325,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
     tensors are made once and used by every chunk, for fresh memory costs more than the arithmetic;
     and grad_weight grows by a slice of the vocabulary at a time, which stays in the cache.
     """
-    compiled = False                    # --compile: `softmax_minus_one_hot` as one kernel
+    compiled = False                    # --compile: `softmax_step` as one kernel
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk_bytes=None):
