@@ -431,20 +431,20 @@ def test_ctrl_c_keeps_what_came(serve):
 
 
 def test_ctrl_c_keeps_what_waits_to_be_written(serve, monkeypatch):
-    """Two replies are here; one is being written when Ctrl-C comes, the other one waits for it."""
-    both, write_row, begun = threading.Barrier(2), data.write_row, []
+    """Two replies are here, neither is written yet, when Ctrl-C comes."""
+    both, read_reply, here = threading.Barrier(2), data.read_reply, []
 
     def script(*_):
         both.wait()
         return said()
 
-    def slowly(*what):
-        if not begun:
+    def slowly(*reply):
+        here.append(reply)
+        if len(here) == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        begun.append(what)
-        time.sleep(0.3)
-        write_row(*what)
-    monkeypatch.setattr(data, "write_row", slowly)
+        time.sleep(0.4)
+        return read_reply(*reply)
+    monkeypatch.setattr(data, "read_reply", slowly)
     signal.signal(signal.SIGINT, signal.default_int_handler)
     done = serve(script, "--workers", 2, n=2)
     assert done.code == 130 and len(done.rows) == 2
