@@ -422,7 +422,7 @@ def draw(runs, path):
     try:
         from matplotlib.figure import Figure
     except ImportError:
-        print(f"no {path.name}: `pip install matplotlib` draws it next time")
+        print(f"no {path.name}: `pip install matplotlib`, then --draw with its runs.jsonl")
         return
     groups = defaultdict(list)
     for run in runs:
@@ -583,15 +583,15 @@ def compare(args):
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     asked, models = settings(args), [*filter(None, [args.base]), *args.model]
+    draft = home(args.model[0]).with_name("eval.draft")         # there after a kill: see Journal
     for directory in args.model:
-        if home(directory).exists() and not args.overwrite:
+        if home(directory).exists() and not args.overwrite and not draft.exists():
             raise BadInput(f"{home(directory)} already holds an evaluation: --overwrite it")
     for directory in models:
         load(directory, args)            # complain about the last one now, not after the first
     questions = (load_questions(args.questions, args.seed)[:args.n] if args.questions
                  else countdown_questions(args.part, args.n or 500, args.seed))
-    journal = Journal(home(args.model[0]).with_name("eval.draft"), identity(args, models),
-                      args.overwrite)
+    journal = Journal(draft, identity(args, models), args.overwrite)
     if journal.rank > 0:
         sys.stdout = open(os.devnull, "w")                      # one of them speaks
     print(f"{len(questions)} questions to {args.questions or args.part}, seed {args.seed}\n\n"

@@ -64,7 +64,7 @@ def complaints(*kinds):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(0)
     except (BadInput, OSError, *kinds) as error:
-        print(f"error: {error}", file=sys.stderr)
+        print("error:", escape(str(error)).replace("\n", " "), file=sys.stderr)
         sys.exit(2)
 
 
@@ -91,7 +91,8 @@ def at_least(lowest, kind=int, highest=math.inf):
     """The type of a flag that takes a number from `lowest` to `highest`."""
     def number(text):
         if not lowest <= kind(text) <= highest:
-            raise argparse.ArgumentTypeError(f"{text} is less than {lowest} or more than {highest}")
+            above = f" and at most {highest}" if highest < math.inf else ""
+            raise argparse.ArgumentTypeError(f"{text} is not a number of at least {lowest}{above}")
         return kind(text)
     return number
 
@@ -103,7 +104,7 @@ SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 
 class Family(typing.NamedTuple):
     """How a family of models writes a conversation. `<|...|>` and the like are control tokens."""
-    sign: set                   # control tokens by which a tokenizer of the family is recognised
+    sign: set                   # its control tokens, by which its tokenizer is recognised
     head: str                   # up to where the assistant's turn begins
     tail: str                   # the end of that turn
     thinking: str               # its delimiters of thinking
@@ -112,10 +113,12 @@ class Family(typing.NamedTuple):
 
 # In the order in which they are looked for.
 FAMILIES = {
-    "deepseek-r1": Family({"<｜User｜>", "<｜Assistant｜>"},
+    "deepseek-r1": Family({"<｜User｜>", "<｜Assistant｜>", "<｜begin▁of▁sentence｜>",
+                           "<｜end▁of▁sentence｜>"},
                           "<｜begin▁of▁sentence｜><｜User｜>{question}<｜Assistant｜>",
                           "<｜end▁of▁sentence｜>", "think", "<think>\n\n</think>\n\n"),
-    "llama3": Family({"<|start_header_id|>", "<|eot_id|>"},
+    "llama3": Family({"<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>",
+                      "<|begin_of_text|>"},
                      "<|begin_of_text|><|start_header_id|>user<|end_header_id|>\n\n{question}"
                      "<|eot_id|>"
                      "<|start_header_id|>assistant<|end_header_id|>\n\n", "<|eot_id|>", "think"),
@@ -135,7 +138,7 @@ THINKING_STYLES = {"s1": ("<|im_start|>think\n", "<|im_start|>answer\n"),
 
 
 class Chat:
-    """The tokenizer of a model directory, and the text of a conversation as tokens.
+    r"""The tokenizer of a model directory, and the text of a conversation as tokens.
 
     One training example of the family qwen2.5 with s1's delimiters:
 
@@ -158,23 +161,30 @@ class Chat:
             text = self.path.read_text(encoding="utf-8")
             self.tokenizer = tokenizers.Tokenizer.from_str(text)
             raw = json.loads(text)
-            self.control = {token["content"]: token["id"] for token in raw["added_tokens"]}
+            # Under the ids that the library gives them, whatever the file says; without what would
+            # tear the {names} in our templates apart.
+            self.control = {token["content"]: self.tokenizer.token_to_id(token["content"])
+                            for token in raw["added_tokens"]
+                            if token["content"] and not set("{}") & set(token["content"])}
             # The same without the added tokens, special or not, reads text as nothing but text.
             self.plain = tokenizers.Tokenizer.from_str(json.dumps({**raw, "added_tokens": []}))
             self.plain.no_truncation()
             self.plain.no_padding()
-        except Exception as error:              # the library raises nothing narrower
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:          # nothing narrower: a panic in Rust is no Exception
             raise BadInput(f"{self.path} cannot be read as a tokenizer: {error}") from None
         said = read_object(self.directory / "chat.json")
         name = family or said.get("family") or next(
             (name for name, family in FAMILIES.items() if family.sign <= self.control.keys()), None)
-        if name not in FAMILIES or not FAMILIES[name].sign <= self.control.keys():
+        known = isinstance(name, str) and name in FAMILIES
+        if not known or not FAMILIES[name].sign <= self.control.keys():
             asked = name or "a known chat format"
             raise BadInput(f"{self.path}: its tokens are not those of {asked} "
                            f"(known: {', '.join(FAMILIES)}; --chat chooses)")
         self.family = FAMILIES[name]
         style = thinking or said.get("thinking") or self.family.thinking
-        if style not in THINKING_STYLES:
+        if not isinstance(style, str) or style not in THINKING_STYLES:
             raise BadInput(f"{self.directory / 'chat.json'}: thinking {style!r} is not known "
                            f"(known: {', '.join(THINKING_STYLES)})")
         self.format = {"family": name, "thinking": style}
@@ -183,7 +193,8 @@ class Chat:
         self.end = self.render(self.family.tail)[0]
         self.stops = {self.end}
         for name in ("config.json", "generation_config.json"):
-            self.stops |= listed(read_object(self.directory / name).get("eos_token_id"))
+            self.stops |= {n for n in listed(read_object(self.directory / name).get("eos_token_id"))
+                           if 0 <= n < 2**31 and self.tokenizer.id_to_token(n) is not None}
         # Drawn while thinking, these tuples want to end it. A closing of plain text may have any
         # of its newlines in its last token.
         closing = self.closing.rstrip("\n")
@@ -201,7 +212,8 @@ class Chat:
     def render(self, template, **texts):
         """Token ids of a template of ours: control tokens by name, {names} filled in as text."""
         ids = []
-        for part in re.split(f"({'|'.join(map(re.escape, self.control))})", template):
+        controls = "|".join(map(re.escape, sorted(self.control, key=len, reverse=True)))
+        for part in re.split(rf"(\{{\w+\}}|{controls})", template):
             ids += [self.control[part]] if part in self.control else self.text(part.format(**texts))
         return ids
 
@@ -240,7 +252,7 @@ def read_object(path):
     """The object in a JSON file, {} where there is no file; else BadInput."""
     try:
         found = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadInput(f"{path} is no JSON: {error}") from None
     if not isinstance(found, dict):
         raise BadInput(f"{path} holds no object")
@@ -249,7 +261,7 @@ def read_object(path):
 
 def listed(value):
     """eos_token_id as it is met: a number, a list of them, or nothing."""
-    return {n for n in (value if isinstance(value, list) else [value]) if isinstance(n, int)}
+    return {n for n in (value if isinstance(value, list) else [value]) if type(n) is int}
 
 
 def model_flags(add, **options):
@@ -340,8 +352,15 @@ def read_json(path):
         return rows
     except json.JSONDecodeError as error:
         raise BadInput(f"{path}, line {number or error.lineno}: no JSON ({error.msg})") from None
+    except ValueError as error:                 # a number of more digits than Python reads
+        raise BadInput(f"{path}{f', line {number}' * bool(number)}: no JSON ({error})") from None
     except RecursionError:
         raise BadInput(f"{path}: nested too deep") from None
+
+
+def mended(text):
+    """Half a surrogate pair is valid JSON, and no tokenizer takes it."""
+    return text.encode(errors="replace").decode()
 
 
 def trace_of(row, teacher="deepseek"):
@@ -355,7 +374,7 @@ def trace_of(row, teacher="deepseek"):
         value = value[0] if isinstance(value, list) else value      # s1K's list of trajectories
         if not isinstance(value, str) or not value.strip():
             return f"no {names[0]}" if names is not ANSWER else "no answer"
-        trace.append(value)
+        trace.append(mended(value))
     return tuple(trace)
 
 
@@ -371,13 +390,13 @@ def usable_rows(path, teacher="deepseek", verbose=False):
         reasons[trace] += 1
         first = first or f"{place}: {trace}"
         if verbose:
-            print(f"{place}: {trace}", file=sys.stderr)
+            print(escape(f"{place}: {trace}"), file=sys.stderr)
     if not kept:
         raise BadInput(f"{path}: no row can be used ({first})")
     if reasons:
         said = ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
         print(f"{path}: {reasons.total():,} of {reasons.total() + len(kept):,} rows passed over: "
-              f"{said}", file=sys.stderr)
+              f"{escape(said)}", file=sys.stderr)
     return kept
 
 
@@ -386,28 +405,47 @@ def load_traces(path, teacher="deepseek", verbose=False):
     return [trace for _, trace in usable_rows(path, teacher, verbose)]
 
 
+def reference_of(value):
+    """A reference answer as `grade` takes it: a string, an object (Countdown's), or None. BadInput
+    where it is another object."""
+    if isinstance(value, dict):
+        grade("Answer: 1", value)
+    return value if isinstance(value, (dict, type(None))) else mended(str(value))
+
+
+def question_of(row, seed, graded):
+    """{"question", "answer"} of a row; BadInput where it has none."""
+    question, answer = (next((row[name] for name in names if row.get(name) is not None), None)
+                        for names in (QUESTION, REFERENCE))
+    question = mended(question) if isinstance(question, str) else ""
+    answer = reference_of(answer)
+    wrong = [mended(str(row[name])) for name in sorted(row) if name.startswith("Incorrect Answer")]
+    solved = not wrong and not row.keys() & {"answer", "gtruth_answer"}
+    if solved and isinstance(answer, str) and "\\boxed{" in answer:
+        answer = extract(answer)                # in which it ends
+    if not question.strip() or not answer and graded or wrong and not isinstance(answer, str):
+        raise BadInput(f"no {'answer' if question.strip() else 'question'}")
+    if wrong:
+        options = [answer, *wrong]
+        if len(options) > 8:
+            raise BadInput("more than 8 options")
+        random.Random(f"options {seed} {question}").shuffle(options)
+        lines = [f"{letter}) {option.strip()}" for letter, option in zip("ABCDEFGH", options)]
+        question = "\n".join([question.strip(), "", *lines])
+        answer = "ABCDEFGH"[options.index(answer)]
+    return {"question": question, "answer": answer}
+
+
 def load_questions(path, seed=0, graded=True):
     """Rows of question and answer, as MATH500, AIME, GPQA-Diamond and s1K name them. The options of
     a multiple choice are shuffled by `seed`, and the answer is a letter. BadInput names the place
     of a row without; if not `graded`, the answer may be missing and is None."""
     questions = []
     for place, row in read_rows(path):
-        question, answer = (next((row[name] for name in names if row.get(name) is not None), None)
-                            for names in (QUESTION, REFERENCE))
-        if not isinstance(answer, (dict, type(None))):          # Countdown's is an object
-            answer = str(answer)
-        if not question or not answer and graded:
-            raise BadInput(f"{place}: no {'answer' if question else 'question'}")
-        wrong = [str(row[name]) for name in sorted(row) if name.startswith("Incorrect Answer")]
-        if wrong:
-            options = [answer, *wrong]
-            random.Random(f"options {seed} {question}").shuffle(options)
-            listed = "\n".join(f"{letter}) {option.strip()}" for letter, option in
-                               zip("ABCDEFGH", options))
-            question, answer = f"{question.strip()}\n\n{listed}", "ABCDEFGH"[options.index(answer)]
-        if not row.keys() & {"answer", "gtruth_answer"} and "\\boxed{" in (answer or ""):
-            answer = extract(answer)            # of a solution that ends in it
-        questions.append({"question": question, "answer": answer})
+        try:
+            questions.append(question_of(row, seed, graded))
+        except BadInput as error:
+            raise BadInput(f"{place}: {error}") from None
     return questions
 
 
@@ -431,6 +469,8 @@ def ask_for_lengths(traces, chat, kinds):
         tokens = len(chat.text(thinking))
         if kind == "steps":
             thinking, limit = count_down(thinking)
+            if not limit:
+                raise BadInput("a trace without a line that is a sum alone has no steps to ask for")
         else:
             limit = (2 ** (tokens - 1).bit_length() if kind == "tokens" else
                      "short" if tokens <= SHORT else "long")    # of its class
@@ -589,7 +629,7 @@ def countdown_traces(n, seed, give_up=GIVE_UP, hurried=0):
     return traces[:n]
 
 
-def countdown_pool(n, seed):
+def countdown_pool(n, seed, give_up=GIVE_UP):
     """n rows to choose from: training questions with their numbers in every order, which decides
     how long the teacher searches, and targets twice as high, which are not asked for in the end.
     The domain is what a sure teacher's answer is made of, "+*", or "high"."""
@@ -601,7 +641,7 @@ def countdown_pool(n, seed):
     for numbers, target in shown[:n]:
         question, answer = ask(numbers, target), {"numbers": list(numbers), "target": target}
         rng = random.Random(f"teacher {seed} {question}")
-        thinking, said = teacher(numbers, target, rng)
+        thinking, said = teacher(numbers, target, rng, give_up)
         sure = teacher(numbers, target, rng, give_up=0, hasty=0, doubt=0)[1]
         yield {"question": question, "thinking": thinking, "answer": said, "gtruth_answer": answer,
                "correct": grade(f"Answer: {said}", answer),
@@ -613,8 +653,8 @@ def countdown_pool(n, seed):
 
 
 def extract(text):
-    """The answer in the text after thinking: the last \boxed{...}, else what follows the last
-    `Answer:` on its line; None where there is neither."""
+    r"""The answer in the text after thinking: the last \boxed{...}, else the line that follows the
+    last `Answer:`; None where there is neither."""
     start = text.rfind("\\boxed{")
     if start >= 0:
         depth = 0
@@ -638,10 +678,14 @@ def grade(text, answer):
     if isinstance(answer, str):
         return equal(found, answer)
     try:
+        numbers, target = sorted(answer["numbers"]), answer["target"]
+    except (KeyError, TypeError):
+        raise BadInput(f"no reference answer, a string or numbers and target: {answer!r}") from None
+    try:
         value, used = calculate(found.split("=")[0])
     except ValueError:
         return False
-    return value == answer["target"] and sorted(used) == sorted(answer["numbers"])
+    return value == target and sorted(used) == numbers
 
 
 def calculate(text):
@@ -677,7 +721,9 @@ SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     (r"(?<=[0-9])\s+(?:[a-zA-Z]{3,}(?:\s+[a-zA-Z]{3,})*|[ckm]?m|k?g|s|h)(?:\^[0-9])?\.?$", ""),
     (r"\\text\s*\{([^{}]*)\}", r"\1"),
     (r"(?:\\\\\s*)?\\end\s*\{[a-z]+\}", r"\\end "), (r"\\begin\s*\{[a-z]+\}", r"\\begin "),
+    (r"(?<=[0-9])\s+([0-9]+)/([0-9]+)", r"\\frac{\1}{\2}"),     # 1 4/5
     (r"(?<=[0-9])\s*(?=\\[dtc]?frac)", r"\\mixed "),            # 1\frac{4}{5}
+    (r"(?<![0-9.,])([0-9]{1,3}(?: [0-9]{3})+)(?![0-9.,])", lambda m: m[1].replace(" ", "")),
     (r"^(?:\\[a-z]+|[a-zA-Z](?:\([a-zA-Z]\))?|\([a-z](?:, ?[a-z])*\))\s*"
      r"(?:=|\\in\b)(?=[^=]*$)", ""),                            # x =, f(x) =, (x, y) =
     (r"\.$", ""), (r"^([A-Z])[):]$", r"\1"))]
@@ -777,6 +823,7 @@ ARITHMETIC = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": oper
               r"\mixed": mixed, "^": raised}
 BRACKETS = {"(": (")", "]"), "[": (")", "]"), "{": ("}",), r"\{": (r"\}",), "|": ("|",),
             r"\begin": (r"\end",)}
+NUMBER = re.compile(r"\.?[0-9]")
 ENDS = {"", *itertools.chain(*BRACKETS.values())}
 CONSTANTS = {r"\pi": math.pi, "e": math.e, "i": 1j, r"\infty": 8.94427190999916e37}
 FUNCTIONS = {"\\" + name: getattr(cmath, name) for name in ("sin", "cos", "tan", "exp")} | {
@@ -803,7 +850,12 @@ class Formula:
     def __init__(self, tokens):
         if len(tokens) > 500:
             raise ValueError("too long for a formula")
-        self.tokens, self.depth = ["", *tokens[::-1]], 0        # the next is last, "" is the end
+        self.tokens = ["", *tokens[::-1]]       # the next one comes last, "" is the end
+        self.last, self.depth = "", 0           # what was taken last; how deep in brackets
+
+    def take(self):
+        self.last = self.tokens.pop()
+        return self.last
 
     def whole(self):
         value = self.climb(0)
@@ -817,10 +869,12 @@ class Formula:
         value = self.value(least)
         while self.tokens[-1] not in ENDS:
             sign = self.tokens[-1] if self.tokens[-1] in LEVELS else "*"
+            if NUMBER.match(self.tokens[-1]) and NUMBER.match(self.last):
+                raise ValueError("two numbers side by side")
             if LEVELS[sign] < least:
                 break
             if self.tokens[-1] == sign:
-                self.tokens.pop()
+                self.take()
             if sign == "!":
                 value = Fraction(math.factorial(small(value)))
                 continue
@@ -837,8 +891,8 @@ class Formula:
         self.depth += 1
         if self.depth > 40:
             raise ValueError("nested too deep")
-        token = self.tokens.pop()
-        if re.match(r"\.?[0-9]", token):
+        token = self.take()
+        if NUMBER.match(token):
             value = Fraction(token)
         elif token in ("+", "-"):                               # -2^2 is -4, 2^-2 is 1/4
             value = self.climb(max(least, LEVELS["*"])) * {"+": 1, "-": -1}[token]
@@ -854,7 +908,7 @@ class Formula:
         elif token in FUNCTIONS:
             power = 1
             if self.tokens[-1] == "^":                          # \sin^2 x
-                self.tokens.pop()
+                self.take()
                 power = self.piece()
             value = raised(FUNCTIONS[token](self.climb(LEVELS["^"])), power)
         elif token not in LEVELS and re.fullmatch(r"[a-zA-Z]|\\[a-zA-Z]+", token):
@@ -872,7 +926,7 @@ class Formula:
         return self.value()
 
     def bracket(self, opened):
-        value, closed = self.climb(0), self.tokens.pop()
+        value, closed = self.climb(0), self.take()
         listed = isinstance(value, Several) and value.kind == ","
         if closed not in BRACKETS[opened]:
             raise ValueError(f"{opened!r} and {closed!r} do not match")
@@ -910,9 +964,7 @@ def row_key(*asked):
 
 def trace_row(question, thinking, answer, **teacher):
     """A row to be written, of a row of load_questions and what came back."""
-    # Half a surrogate pair is valid JSON, and no tokenizer takes it.
-    thinking, answer = (text.encode(errors="replace").decode().strip()
-                        for text in (thinking, answer))
+    thinking, answer = mended(thinking).strip(), mended(answer).strip()
     row = {"question": question["question"], "thinking": thinking, "answer": answer}
     if question["answer"] is not None:
         row |= {"gtruth_answer": question["answer"], "correct": grade(answer, question["answer"])}
@@ -937,7 +989,7 @@ def open_traces(path):
         for number, line in enumerate(lines, 1):
             whole, ours = line.endswith(b"\n"), b'{"question": '[:len(line)]
             try:
-                teacher = json.loads(line)["teacher"]
+                teacher = json.loads(line.decode())["teacher"]
                 done[teacher["key"]] = teacher
                 end += len(line)
                 file.write(b"" if whole else b"\n")
@@ -1050,10 +1102,14 @@ def split_message(message):
     """
     texts = {name: text for name, text in message.items() if isinstance(text, str)}
     field = texts.get("reasoning") or texts.get("reasoning_content")
-    content, inside = texts.get("content", ""), []
-    while opened := re.match(r"\s*<(think|thought)>", content):
-        thought, _, content = content[opened.end():].partition(f"</{opened[1]}>")
-        inside.append(thought)
+    content, inside, begin = texts.get("content", ""), [], 0
+    opening = re.compile(r"\s*<(think|thought)>")
+    while opened := opening.match(content, begin):      # by places: cutting would be quadratic
+        closing = f"</{opened[1]}>"
+        end = content.find(closing, opened.end()) % (len(content) + 1)      # -1: all the rest
+        inside.append(content[opened.end():end])
+        begin = end + len(closing)
+    content = content[begin:]
     if not field and not inside and (closed := re.search(r"</(think|thought)>", content)):
         inside, content = [content[:closed.start()]], content[closed.end():]
     return field or "\n\n".join(inside), content
@@ -1061,7 +1117,7 @@ def split_message(message):
 
 def tokens_used(usage):
     """Tokens (read, written) of a reply's usage; None where it does not say."""
-    with contextlib.suppress(LookupError, TypeError):
+    with contextlib.suppress(LookupError, TypeError, OverflowError):
         read, written = usage["prompt_tokens"], usage["completion_tokens"]
         # Gemini leaves the thoughts out of the latter, but not out of the total.
         written = max(written, usage.get("total_tokens", 0) - read)
@@ -1279,7 +1335,7 @@ ERRORS = re.compile(r"(?i)^\s*(error\b|<html)|\b(APIError|RateLimitError|interna
 IMAGES = re.compile(r"(?i)!\[|<image|\[asy\]|\\includegraphics"
                     r"|\b(figure|diagram|image|graph|picture)\s+(below|above|shown|attached)"
                     r"|\bshown in the (figure|diagram|picture)")
-DRAWING = re.compile(r"(?:^[ \t]*[-|/\\_+*=.<>^ \t]{4,}$\n?){3}", re.M)
+DRAWING = re.compile(r"(?:^[-|/\\_+*=.<>^ \t]{4,}$\n?){3}", re.M)
 
 
 def decontaminate(benchmarks, words):
@@ -1318,7 +1374,7 @@ def quality(row, trace):
         return "a drawing in characters"
     if IMAGES.search(question):
         return "a picture that is not there"
-    numbers = [int(n) for n in re.findall(r"^\s*(\d{1,2})[.)]\s", question, re.M)]
+    numbers = [int(n) for n in re.findall(r"^[^\S\n]*(\d{1,2})[.)]\s", question, re.M)]
     broken = any(b not in (1, a + 1) for a, b in itertools.pairwise([0, *numbers]))
     return "broken numbering" if broken else None
 
@@ -1345,6 +1401,7 @@ def right(row, trace, teacher="deepseek"):
         if (known := verdict(row.get(column))) is not None:
             return known
     reference = next((row[name] for name in ("gtruth_answer", "solution") if row.get(name)), None)
+    reference = reference_of(reference)
     if isinstance(reference, str):              # a solution ends in its answer, or is prose
         reference = extract(reference) or (reference if len(reference) < 100 else None)
     said = trace[2] if extract(trace[2]) else f"Answer: {trace[2]}"
@@ -1417,7 +1474,7 @@ def select(args):
     verdicts = {}
     for path in args.verdicts:
         for _, row in read_rows(path):
-            question = row.get("question")
+            question = str(row.get("question"))
             verdicts[question] = verdicts.get(question) or verdict(row.get("correct"))
     rows = usable_rows(args.pool, args.teacher, args.verbose)
     stages = {"decontamination": decontaminate(held, args.words), "quality": quality}
@@ -1456,25 +1513,40 @@ def targets_of(ids, first):
     return [-100] * (first - 1) + ids[first:] + [-100]
 
 
-def pack(examples, tokens_per_batch):
-    """Put examples (ids, first) into as few rows of `tokens_per_batch` tokens as best fit can.
-
-    The longest first, each into the fullest row that still has room. Yields what `forward` takes,
-    one row after the other: ids (1, T), positions (1, T), lengths [...], targets (1, T).
-
-        ids        a a a a b b b c c
-        positions  0 1 2 3 0 1 2 0 1
-        lengths    4, 3, 2
-    """
-    rows = []
+def best_fit(examples, room):
+    """Examples (ids, first) in rows of at most `room` tokens: the longest first, each into the
+    fullest row that still has room."""
+    rows = []                                   # of each its tokens, then its examples
     for example in sorted(examples, key=lambda example: -len(example[0])):
-        room = [row for row in rows if row[0] + len(example[0]) <= tokens_per_batch]
-        row = max(room, key=lambda row: row[0], default=None)
+        fits = [row for row in rows if row[0] + len(example[0]) <= room]
+        row = max(fits, key=lambda row: row[0], default=None)
         if row is None:
             rows.append(row := [0])
         row[0] += len(example[0])
         row.append(example)
-    for _, *row in rows:
+    return [row for _, *row in rows]
+
+
+def pack(examples, tokens_per_batch, processes=1):
+    """Examples (ids, first) in as few rows of `tokens_per_batch` tokens as best fit can. Yields
+    what `forward` takes, a row at a time: ids, positions, targets (1, T), and lengths.
+
+        ids        a a a a b b b c c
+        positions  0 1 2 3 0 1 2 0 1
+        lengths    4, 3, 2
+
+    Several processes take a row each at a time and wait for the one with the longest. So the rows
+    are then as short as can be in so many rounds, and no fewer than there is somebody to take one.
+    """
+    rows = best_fit(examples, tokens_per_batch)
+    if processes > 1:
+        most = -(-len(rows) // processes) * processes
+        low, high = -(-sum(len(ids) for ids, _ in examples) // most), tokens_per_batch
+        while low < high:                       # the least room with which `most` rows suffice
+            room = (low + high) // 2
+            low, high = (low, room) if len(best_fit(examples, room)) <= most else (room + 1, high)
+        rows = best_fit(examples, high)
+    for row in rows:
         lengths = [len(ids) for ids, _ in row]
         yield {"ids": torch.tensor([[i for ids, _ in row for i in ids]]),
                "positions": torch.cat([torch.arange(n) for n in lengths])[None],
@@ -1526,7 +1598,7 @@ def show_some(args):
 
 
 def print_countdown(args):
-    rows = countdown_pool(args.n, args.seed) if args.pool else (
+    rows = countdown_pool(args.n, args.seed, args.give_up) if args.pool else (
         countdown_traces(args.n, args.seed, args.give_up, len(args.ask)))
     if args.ask:
         rows = ask_for_lengths(rows, Chat(local(args.model), args.chat, args.thinking), args.ask)

@@ -17,7 +17,7 @@ D width of a head, L places of the cache, V vocabulary, N supervised tokens.
 import itertools
 import json
 import math
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import safetensors
@@ -40,6 +40,8 @@ class BadModel(ValueError):
 FAMILIES = {"qwen2": {"qkv_bias": True, "qk_norm": False, "head_dim": None},
             "qwen3": {"qkv_bias": False, "qk_norm": True, "head_dim": 128},
             "llama": {"qkv_bias": False, "qk_norm": False, "head_dim": None}}
+# Beyond these a number is broken, not large: no machine's integer, or nothing to be built.
+HIGHEST, MOST_LAYERS, LARGEST_MATRIX = 1e18, 512, 2**40
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
@@ -71,8 +73,10 @@ class Config:
         self.qkv_bias, self.qk_norm = family["qkv_bias"], family["qk_norm"]
         for f in fields(self):
             value, number = getattr(self, f.name), f.type in (int, float)
-            if number and (type(value) not in (int, f.type) or not 0 < value < math.inf):
+            if number and (type(value) not in (int, f.type) or not 0 < value < HIGHEST):
                 raise BadModel(f"{f.name} is {value!r}, not a number above 0")
+            if f.type is bool and type(value) is not bool:
+                raise BadModel(f"{f.name} is {value!r}, not true or false")
         self.head_dim = (self.head_dim or family["head_dim"]
                          or self.hidden_size // self.num_attention_heads)
         if type(self.head_dim) is not int or self.head_dim < 2 or self.head_dim % 2:
@@ -80,13 +84,23 @@ class Config:
         if self.num_attention_heads % self.num_key_value_heads:
             raise BadModel(f"{self.num_attention_heads} query heads do not share "
                            f"{self.num_key_value_heads} key-value heads evenly")
-        for key in LLAMA3_ROPE:
-            if self.rope_scaling and not isinstance(self.rope_scaling.get(key), (int, float)):
+        widest = max(self.vocab_size, self.intermediate_size,
+                     self.num_attention_heads * self.head_dim)
+        if self.num_hidden_layers > MOST_LAYERS or self.hidden_size * widest > LARGEST_MATRIX:
+            raise BadModel(f"{self.num_hidden_layers} layers with matrices of {self.hidden_size} "
+                           f"times {widest} numbers are no model")
+        for key in LLAMA3_ROPE if self.rope_scaling else ():
+            value = self.rope_scaling.get(key)
+            if type(value) not in (int, float) or not 0 < value < HIGHEST:
                 raise BadModel(f"rope_scaling has no number {key}")
+        if self.rope_scaling and not (self.rope_scaling["low_freq_factor"]
+                                      < self.rope_scaling["high_freq_factor"]):
+            raise BadModel("rope_scaling: low_freq_factor is not below high_freq_factor")
 
     def to_dict(self):
         """What config.json is to hold: our keys, and those that came with them."""
-        return {**self.rest, **{k: v for k, v in asdict(self).items() if k != "rest"}}
+        ours = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rest"}
+        return {**self.rest, **ours}
 
 
 # ---- The pieces -----------------------------------------------------------------------------
@@ -282,7 +296,7 @@ def softmax_step(logits, targets, room=None):
     wanted = logits.gather(1, t)[:, 0].float()
     p = (torch.softmax(logits.float(), 1) if room is None
          else torch.softmax(room.copy_(logits), 1, out=room))
-    # log Z is read off the largest logit and its probability, which is never below 1/V.
+    # log Z = max - log p_max, for p_max = exp(max) / Z; it is never below 1/V.
     loss = (top - p.amax(1).log() - wanted).sum()
     lacking = p.gather(1, t) - 1
     logits.copy_(p).scatter_(1, t, lacking.to(logits.dtype))
@@ -311,7 +325,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
     tensors are made once and used by every chunk, for fresh memory costs more than the arithmetic;
     and grad_weight grows by a slice of the vocabulary at a time, which stays in the cache.
     """
-    compiled = False                    # --compile: `softmax_minus_one_hot` as one kernel
+    compiled = False                    # --compile: `softmax_step` as one kernel
 
     @staticmethod
     def forward(ctx, hidden, weight, targets, chunk_bytes=None):
@@ -512,7 +526,7 @@ def read_config(directory):
         raw = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise BadModel(f"{directory} is no model: there is no config.json in it") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadModel(f"{path} is no JSON: {error}") from None
     if not isinstance(raw, dict):
         raise BadModel(f"{path} holds no object")
@@ -579,12 +593,13 @@ def open_weights(directory):
             only = "only pickles (*.bin), which are never opened" if pickles else "none"
             raise BadModel(f"{directory} has no weights in safetensors files: {only}")
         try:
-            names = set(json.loads((directory / INDEX).read_text())["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError):
+            text = (directory / INDEX).read_text(encoding="utf-8")
+            names = set(json.loads(text)["weight_map"].values())
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
             raise BadModel(f"{directory / INDEX} is no index of shards") from None
         for name in names:
             plain = type(name) is str and Path(name).name == name and name.endswith(".safetensors")
-            if not plain:
+            if not plain or not name.isprintable():         # a NUL, or half a surrogate pair
                 raise BadModel(f"{directory / INDEX}: {name!r} is no plain name of a file")
         paths = [directory / name for name in sorted(names)]
     files = []

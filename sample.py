@@ -307,7 +307,7 @@ def sampling_flags(add):
         help="draw among those at least so many times as likely as the likeliest")
     add("--repeats", type=at_least(0), default=0,
         help="a row is stuck when 20 tokens came so many times, and ends; 0 lets it")
-    add("--seed", type=int, default=0, help="of the draws")
+    add("--seed", type=int, default=0, help="of the draws, and of which questions are asked")
     add("--compile", action="store_true",
         help="decode by torch.compile: a minute to begin with, then faster")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")

@@ -1,9 +1,9 @@
 """Fine-tune a model on a thousand traces: s1's recipe (section 4.1) as one loop, top to bottom.
 
 In:   a model, and traces: the built-in Countdown teacher's or a file of yours.
-Out:  a model directory in the Hugging Face layout, with metrics.jsonl and run.json beside it, which
-      has the command that makes it again, on a CPU to the same bits; on the way checkpoints
-      in OUT.steps, from which --resume goes on bitwise.
+Out:  a model directory in the Hugging Face layout, with metrics.jsonl (a line a step) and run.json
+      (with the command that makes the run again, on a CPU to the same bits) in it. On the way
+      checkpoints in OUT.steps, from which --resume goes on, on a CPU to the same bits too.
 
 With no flags it fine-tunes the tiny base on 1,000 Countdown traces. The base itself was made by the
 same loop, everything supervised: see assets/countdown-base/README.md. Larger models:
@@ -70,7 +70,8 @@ def arguments():
     add("--warmup", type=at_least(0, float, 1), default=0.05,
         help="share of the steps in which it rises; then a cosine to 0")
     add("--weight-decay", type=at_least(0, float), default=1e-4, help="AdamW's")
-    add("--clip", type=at_least(0, float), default=1.0, help="largest global norm of the gradient")
+    add("--clip", type=at_least(1e-9, float), default=1.0,
+        help="largest global norm of the gradient")
     add("--seed", type=int, default=0, help="of the examples, their order and random weights")
     add("--recompute", action="store_true", help="less memory: each block's forward runs twice")
     add("--compile", action="store_true", help="kernels made by torch.compile: up to minutes at "
@@ -82,9 +83,9 @@ def arguments():
         help="of the written weights")
     add("--plan", action="store_true", help="compute what the run would take, and stop")
     add("--devices", type=at_least(1), default=1, help="for --plan: how many")
-    add("--device-tflops", type=at_least(0, float), help="a device's peak, for MFU and --plan")
+    add("--device-tflops", type=at_least(1e-6, float), help="a device's peak, for MFU and --plan")
     add("--device-memory-gb", type=at_least(0, float), default=80, help="for --plan")
-    add("--mfu", type=at_least(0, float, 1), default=0.4, help="for --plan: share of the peak")
+    add("--mfu", type=at_least(0.001, float, 1), default=0.4, help="for --plan: share of the peak")
     add("--usd-per-hour", type=at_least(0, float), help="price of a device")
     return parser.parse_args()
 
@@ -92,6 +93,8 @@ def arguments():
 # ---- Checkpoints ----------------------------------------------------------------------------
 # A checkpoint is a model directory with the optimizer's state beside it. Everything else of a run
 # is a function of its arguments and the step: the order of the data, the learning rate.
+
+MOMENTS = ("exp_avg", "exp_avg_sq")                 # AdamW's, of each parameter
 
 
 def save(directory, model, dtype, chat, records, optimizer=None):
@@ -105,12 +108,15 @@ def save(directory, model, dtype, chat, records, optimizer=None):
         shutil.rmtree(draft, ignore_errors=True)
         draft.mkdir(parents=True)
     model.save(draft, dtype)
-    moments = {} if optimizer is None else {
-        f"{key}.{name}": whole(value).cpu() for name, p in model.named_parameters()
-        for key, value in optimizer.state[p].items()}
+    moments = {}
+    for name, p in model.named_parameters() if optimizer else ():
+        for key in MOMENTS:
+            moment = whole(optimizer.state[p][key])
+            if draft:                               # the others only give their share
+                moments[f"{key}.{name}"] = moment.cpu()
     if not draft:
         return
-    if moments:
+    if optimizer:
         safetensors.torch.save_file(moments, draft / "optimizer.safetensors")
     chat.save(draft)
     for name, text in records.items():
@@ -161,7 +167,7 @@ def restore(optimizer, model, path, step):
     with safetensors.safe_open(path / "optimizer.safetensors", framework="pt") as file:
         for name, p in model.named_parameters():
             state = optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device)}
-            for key in ("exp_avg", "exp_avg_sq"):
+            for key in MOMENTS:
                 state[key] = torch.zeros_like(p)
                 put(state[key], file.get_slice(f"{key}.{name}"))
 
@@ -192,7 +198,7 @@ def first_process():
 
 
 def gradients(model, batch, tokens_per_batch, device, autocast=False, rank=0, world=1):
-    """Add the gradient of the batch's mean loss to the parameters': (that loss, number of rows).
+    """Add the gradient of the batch's mean loss to the parameters': (that loss, lengths of rows).
 
     `batch`: examples (ids, first supervised). It is cut into packed rows, one forward and backward
     each, and the rows are dealt out to the processes; the gradient is the same however it is cut.
@@ -201,19 +207,18 @@ def gradients(model, batch, tokens_per_batch, device, autocast=False, rank=0, wo
     the tokens of a short row more.
     """
     supervised = sum(len(ids) - first for ids, first in batch)
-    rows = list(pack(batch, tokens_per_batch))
+    rows, nothing = list(pack(batch, tokens_per_batch, world)), list(pack([([0], 1)], 1))
     total = torch.zeros((), device=device)
-    # All processes take as many rows: one that has none left computes a row for nothing.
-    for row in (rows + [None] * (-len(rows) % world))[rank::world]:
-        ids, positions, lengths, targets = (row or rows[0]).values()
-        targets = targets if row else torch.full_like(targets, -100)
+    # All processes take as many rows: one that has none left computes a token for nothing.
+    for row in (rows + nothing * (-len(rows) % world))[rank::world]:
+        ids, positions = row["ids"].to(device), row["positions"].to(device)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=autocast):
-            loss, _ = model(ids.to(device), positions.to(device), lengths, targets)
+            loss, _ = model(ids, positions, row["lengths"], row["targets"])
         (loss / supervised * world).backward()      # fully_shard takes the mean over processes
         total += loss.detach() / supervised
     if world > 1:
         torch.distributed.all_reduce(total)
-    return total, len(rows)
+    return total, [len(row["ids"][0]) for row in rows]
 
 
 def share(model, kind, world, autocast):
@@ -340,24 +345,25 @@ def train(args):
             group["lr"] = learning_rate(step, steps, args.lr, args.warmup)
         if not torch.isfinite(norm + loss):
             begin = "; ".join(repr(chat.decode(ids[first:first + 12])) for ids, first in batch[:3])
-            raise BadInput(f"step {step}: loss {loss:.3g}, gradient {norm:.3g}; the weights were "
-                           f"not touched. Its examples begin with: {begin}")
+            raise BadInput(f"step {step + 1}: loss {loss:.3g}, gradient {norm:.3g}; the weights "
+                           f"were not touched. Its examples begin with: {begin}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
         loss, norm = loss.item(), norm.item()       # waits for the device
         metrics.append({"step": step, "loss": loss, "lr": group["lr"], "grad_norm": norm,
-                        "places": rows * args.tokens_per_batch, "memory_bytes": memory(kind),
+                        "places": places(rows, world), "memory_bytes": memory(kind),
                         **speed(batch, time.perf_counter() - began, config, args, world)})
         tqdm.write(line(metrics[-1], steps))        # above the bar
         sys.stdout.flush()
-        if stop or args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
+        stopping = anyone(bool(stop), world, device)
+        if stopping or args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
             save_step(out, step + 1, model, optimizer, chat, run, metrics)
-        if stop:
-            print(f"stopped behind step {step + 1}: --resume goes on from {out}.steps")
+        if stopping:
+            print(f"stopped after step {step + 1}: --resume goes on from {out}.steps")
             raise KeyboardInterrupt
 
-    save(out, model, args.save_dtype and getattr(torch, args.save_dtype), chat, {
+    save(out, model, getattr(torch, args.save_dtype), chat, {
         "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in metrics),
         "run.json": json.dumps({**origin(world), "data": run["data"], "arguments": vars(args)},
                                indent=2) + "\n"})
@@ -378,6 +384,15 @@ def hear_ctrl_c():
     return heard
 
 
+def anyone(heard, world, device):
+    """Has one of the processes heard it? Ctrl-C does not reach those on another machine."""
+    if world == 1:
+        return heard
+    heard = torch.tensor(float(heard), device=device)
+    torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MAX)
+    return bool(heard)
+
+
 def speed(batch, seconds, config, args, world):
     """What a step computed, and how fast; MFU is its share of the devices' peak."""
     lengths = [len(ids) for ids, _ in batch]
@@ -385,6 +400,11 @@ def speed(batch, seconds, config, args, world):
     peak = world * (args.device_tflops or 0) * 1e12
     return {"tokens": sum(lengths), "seconds": seconds, "tokens_per_second": sum(lengths) / seconds,
             "flops": cost, "mfu": cost / seconds / peak if peak else None}
+
+
+def places(rows, world):
+    """The tokens that all processes could have computed while the longest row of each round was."""
+    return world * sum(max(rows[i:i + world]) for i in range(0, len(rows), world))
 
 
 def memory(device):
@@ -409,8 +429,10 @@ def summarise(args, metrics, world):
     total = {key: sum(row[key] for row in metrics)
              for key in ("tokens", "places", "flops", "seconds")}
     hours, last = total["seconds"] * world / 3600, metrics[-max(1, len(metrics) // 20):]
-    print(f"rows {100 * total['tokens'] / total['places']:.1f}% full; {total['flops']:.3g} FLOPs, "
-          f"{hours:.3f} hours of compute"
+    if world > 1:
+        print(f"devices {100 * total['tokens'] / total['places']:.1f}% busy: the rest of the time "
+              "they wait for the longest row")
+    print(f"{total['flops']:.3g} FLOPs, {hours:.3f} device-hours"
           + (f", {hours * args.usd_per_hour:.2f} dollars" if args.usd_per_hour else ""))
     print(f"{len(metrics)} steps, {total['tokens']:,} tokens in {total['seconds']:.0f} s "
           f"({total['tokens'] / total['seconds']:,.0f} a second), loss {metrics[0]['loss']:.3f} -> "
@@ -436,14 +458,18 @@ def flops(config, lengths, supervised):
 
 
 def plan(args, config, examples, steps):
-    """Print memory, time and price of the run on the machine that the flags describe."""
+    """Print memory, time and price of the run on the machine that the flags describe. It takes the
+    devices to be as busy as --mfu says, those included that wait for the longest row."""
+    if not args.device_tflops:
+        raise BadInput("--plan needs --device-tflops for the time")
     with torch.device("meta"):
         model = Transformer(config)
     parameters = sum(p.numel() for p in model.parameters())
     block = sum(p.numel() for p in model.model.layers[0].parameters())
     C, T = config.hidden_size, args.tokens_per_batch
-    # What a block keeps for backward, a token, in bf16: its input, two norms, q, k, v and the
-    # attention's output, gate, up and their product. With --recompute the input alone, and one
+    # What a block keeps for backward, a token, in bf16. Of width C: its input, what follows the
+    # attention, and each norm's rows before and after they are scaled; q, k, v and the attention's
+    # output; gate, its silu, up and their product. With --recompute the input alone, and one
     # block's whole share at a time.
     heads = config.num_attention_heads + config.num_key_value_heads
     kept = 2 * (6 * C + 2 * heads * config.head_dim + 4 * config.intermediate_size)
@@ -469,12 +495,10 @@ def plan(args, config, examples, steps):
     tokens = share * sum(len(ids) for ids, _ in examples)
     total = share * sum(flops(config, [len(ids)], len(ids) - first) for ids, first in examples)
     print(f"{steps:,} steps, {tokens:,.0f} tokens, {total:.3g} FLOPs")
-    if not args.device_tflops:
-        raise BadInput("--plan needs --device-tflops for the time")
     seconds = total / (args.devices * args.device_tflops * 1e12 * args.mfu)
     price = args.devices * seconds / 3600 * (args.usd_per_hour or 0)
     print(f"{seconds / 60:,.1f} minutes at {100 * args.mfu:g}% of the peak, "
-          f"{args.devices * seconds / 3600:,.2f} hours of compute"
+          f"{args.devices * seconds / 3600:,.2f} device-hours"
           + (f", {price:,.2f} dollars" if args.usd_per_hour else ""))
 
 

@@ -93,15 +93,15 @@ def test_a_step_is_the_same_in_one_row_in_sixteen_and_on_two_processes(tmp_path,
     for room in (99999, longest):
         model = tiny_model()
         loss, rows = train.gradients(model, batch, room, "cpu")
-        found[rows] = {name: p.grad for name, p in model.named_parameters()}, loss
+        found[len(rows)] = {name: p.grad for name, p in model.named_parameters()}, loss
     rows_of_longest = max(found)
     assert 3 < rows_of_longest < 16
     with monkeypatch.context() as patch:        # a row for each sequence
-        patch.setattr(train, "pack", lambda batch, room: (
+        patch.setattr(train, "pack", lambda batch, room, world=1: (
             row for example in batch for row in pack([example], room)))
         model = tiny_model()
         loss, rows = train.gradients(model, batch, longest, "cpu")
-        found[rows] = {name: p.grad for name, p in model.named_parameters()}, loss
+        found[len(rows)] = {name: p.grad for name, p in model.named_parameters()}, loss
     assert sorted(found) == [1, rows_of_longest, 16]
 
     def process():
@@ -210,6 +210,23 @@ def test_rows_are_full():
     assert sorted(T for row in rows for T in row["lengths"]) == sorted(lengths)
     assert all(sum(row["lengths"]) <= 32768 for row in rows)
     assert sum(lengths) / (32768 * len(rows)) >= 0.95
+
+
+def test_processes_share_a_steps_tokens_evenly():
+    """s1's lengths, sixteen a step: no process waits long, and none has nothing to do."""
+    rng, busy = random.Random(0), {}
+    for world in (2, 4, 8):
+        used = taken = 0
+        for _ in range(20):
+            batch = [([0] * min(30000, round(rng.lognormvariate(8.25, 0.62))), 1)
+                     for _ in range(16)]
+            rows = [row["ids"].shape[1] for row in pack(batch, 32768, world)]
+            assert sum(rows) == sum(len(ids) for ids, _ in batch) and max(rows) <= 32768
+            assert len(rows) <= -(-len(list(pack(batch, 32768))) // world) * world
+            used, taken = used + sum(rows), taken + train.places(rows, world)
+        busy[world] = used / taken
+    assert busy[2] > 0.95 and busy[4] > 0.9 and busy[8] > 0.6
+    assert train.places([5, 3, 2], 2) == 14
 
 
 # ---- Crash and resume -----------------------------------------------------------------------
@@ -346,7 +363,7 @@ def test_what_is_not_finite_never_touches_the_weights(run, tiny, tmp_path, monke
         return loss, rows
     monkeypatch.setattr(train, "gradients", gradients)
     code, _, error = run("train", *command(tiny, tmp_path / "a", "--save-every", 2))
-    assert code == 2 and "step 2: loss" in error and "gradient nan" in error
+    assert code == 2 and "step 3: loss" in error and "gradient nan" in error
     assert "examples begin with: '<|im_start|>" in error and error.count("\n") == 1
     assert not (tmp_path / "a").exists()
     checkpoint, _ = train.newest(tmp_path / "a")
@@ -386,7 +403,7 @@ def test_the_plan_of_s1_takes_26_minutes(capsys):
     minutes = float(printed.split(" minutes")[0].split("\n")[-1])
     assert 26 * 0.85 < minutes < 26 * 1.15
     assert "32,76" in printed and "315 steps, 23,500,000 tokens" in printed
-    assert f"{16 * minutes / 60:.2f} hours" in printed or "hours of compute" in printed
+    assert f"{16 * minutes / 60:.2f} device-hours" in printed or "device-hours" in printed
     assert "it fits" in printed
 
 
