@@ -193,7 +193,7 @@ MUTANTS = [
     ('--recompute is not heard', 'train.py', TRAIN,
      '        model.recompute = args.recompute\n', ''),
     ('--save-dtype is not heard', 'train.py', TRAIN,
-     'args.save_dtype and getattr(torch, args.save_dtype)', 'None'),
+     'save(out, model, getattr(torch, args.save_dtype)', 'save(out, model, None'),
     ('attention without causality', 'train.py', TRAIN,
      '+ 6 * L * H * D * sum(', '+ 12 * L * H * D * sum('),
     ('the plan always fits', 'train.py', TRAIN,

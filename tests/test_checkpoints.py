@@ -148,6 +148,7 @@ print(max(seen) - seen[0])
     ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0}}, "rope type 'yarn'"),
     ("llama", {"rope_parameters": ..., "rope_scaling": {"type": "linear", "factor": 4.0}},
      "rope type 'linear'"),
+    ("llama", {"rope_parameters": 7}, "the rope is 7"),
     ("llama", {"rope_parameters": {"rope_type": "llama3"}}, "rope_scaling has no number factor"),
     ("qwen2", {"hidden_act": "gelu"}, "hidden_act 'gelu'"),
     ("qwen2", {"use_sliding_window": True}, "sliding window"),
@@ -279,6 +280,14 @@ def test_the_format_can_be_chosen_and_an_unknown_one_is_refused(copied):
     (directory / "chat.json").write_text('{"family": "llama3", "thinking": "loud"}')
     shutil.copy(FIXTURES / "llama" / "tokenizer.json", directory)
     with pytest.raises(BadInput, match="thinking 'loud'"):
+        Chat(directory)
+
+
+@pytest.mark.parametrize("text, complaint", [("{", "chat.json is no JSON"), ("[]", "no object")])
+def test_a_broken_chat_json_is_named(copied, text, complaint):
+    directory = copied("qwen2")
+    (directory / "chat.json").write_text(text)
+    with pytest.raises(BadInput, match=complaint):
         Chat(directory)
 
 

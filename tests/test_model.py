@@ -231,6 +231,9 @@ def test_broken_files_are_refused(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(weights[:-100])
     with pytest.raises(BadModel, match="cannot be read"):
         Transformer.load(tmp_path)
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(BadModel, match="holds no object"):
+        read_config(tmp_path)
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(BadModel, match="no JSON"):
         read_config(tmp_path)
@@ -242,3 +245,5 @@ def test_config_names_a_missing_key(tmp_path):
     with pytest.raises(BadModel, match="vocab_size"):
         read_config(tmp_path)
     assert tiny_config().head_dim == 8
+    with pytest.raises(BadModel, match="model_type 'gpt2' is not known"):
+        tiny_config(model_type="gpt2")

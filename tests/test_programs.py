@@ -313,6 +313,29 @@ def test_a_process_asks_its_part(tmp_path, monkeypatch):
         assert asked == missing
 
 
+def test_students_stand_side_by_side(run, tiny, tmp_path, monkeypatch):
+    """Two right of two, and one of two: their mean, and how far they lie apart."""
+    verdicts = iter([True, True, True, False])
+    monkeypatch.setattr(budget_force, "grade", lambda *_: next(verdicts))
+    for name in "ab":
+        shutil.copytree(tiny, tmp_path / name)
+    code, printed, error = run("budget_force", "--model", tmp_path / "a", tmp_path / "b", "--base=",
+                               "--n", 2, "--budgets", 4, "--waits", 0, "--max-length", 128)
+    assert code == 0, error
+    *_, names, numbers = printed.splitlines()
+    assert names.split()[-4:] == ["a", "b", "mean", "spread"]
+    assert numbers.split() == ["4", "100.0%", "50.0%", "75.0%", "50.0"]
+
+
+def test_without_matplotlib_the_curve_is_named_and_nothing_else_lost(tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    budget_force.write(tmp_path / "eval", [({"n": 1}, [{"correct": True}])], {})
+    assert "no curve.png: `pip install matplotlib`" in capsys.readouterr().out
+    assert {path.name for path in (tmp_path / "eval").iterdir()} == {
+        "rows.jsonl", "runs.jsonl", "summary.json"}
+
+
 def test_the_papers_methods(run, tiny, tmp_path):
     out = tmp_path / "tiny"
     shutil.copytree(tiny, out)
@@ -392,6 +415,22 @@ def test_show_marks_what_is_supervised(run):
     assert "\033[32m<|im_start|>think" in printed
 
 
+def test_help_tells_the_defaults_that_there_are(run):
+    code, printed, _ = run("train", "--help")
+    assert code == 0 and "passes over the examples (default: 8)" in " ".join(printed.split())
+    assert "default: None" not in printed and "default: False" not in printed
+
+
+def test_a_closed_pipe_is_no_complaint():
+    """Output may go on a while: the pipe is closed before much of it can be written."""
+    child = subprocess.Popen([sys.executable, "data.py", "countdown", "--n", "3000"], cwd=ROOT,
+                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert json.loads(child.stdout.readline())["question"].startswith("Use ")
+    child.stdout.close()
+    assert (child.stderr.read(), child.wait()) == (b"", 0)
+    child.stderr.close()
+
+
 # ---- Bad input ------------------------------------------------------------------------------
 
 
@@ -413,6 +452,8 @@ def test_show_marks_what_is_supervised(run):
     ("budget_force --model {tiny} --n 99999", "not 99999"),
     ("budget_force --model {tmp}/none --n 4 --base=", "config.json"),
     ("budget_force {long} --model {tiny} --max-length 64", "do not fit"),
+    ("budget_force --model {tiny} --base= --n 2 --method majority", "--temperature above 0"),
+    ("budget_force --draw {tmp}/unanswered", "no runs.jsonl"),
     ("data show {tmp}/none.jsonl", "No such file"), ("data nothing", "invalid choice")])
 def test_bad_input_gets_one_line_and_exit_code_2(run, tiny, tmp_path, command, complaint):
     (tmp_path / "empty").write_text("")

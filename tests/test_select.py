@@ -64,6 +64,15 @@ def test_parquet_without_pyarrow_is_one_line(tmp_path, run, monkeypatch):
     assert code == 2 and "pip install pyarrow" in error and error.count("\n") == 1
 
 
+def test_parquet_is_read_row_by_row(tmp_path):
+    parquet, pyarrow = pytest.importorskip("pyarrow.parquet"), pytest.importorskip("pyarrow")
+    parquet.write_table(pyarrow.Table.from_pylist([a_row("a"), a_row("b")]), tmp_path / "x.parquet")
+    assert [trace[0] for _, trace in usable_rows(tmp_path / "x.parquet")] == ["a", "b"]
+    (tmp_path / "x.parquet").write_bytes(b"PAR1")
+    with pytest.raises(BadInput, match="x.parquet cannot be read"):
+        usable_rows(tmp_path / "x.parquet")
+
+
 # ---- Stages ---------------------------------------------------------------------------------
 
 
@@ -223,6 +232,9 @@ def test_select_from_end_to_end(run, tiny, tmp_path):
     assert run(*command, "--overwrite")[0] == 0 and (tmp_path / "out.jsonl").read_bytes() == first
     code, _, error = run(*command, "--overwrite", "--domain", "none")
     assert code == 2 and "no row of" in error and (tmp_path / "out.jsonl").read_bytes() == first
+    code, _, error = run(*command, "--overwrite", "--benchmarks", tmp_path / "pool.jsonl")
+    assert code == 2 and "nothing is left" in error
+    assert (tmp_path / "out.jsonl").read_bytes() == first
     code, printed, error = run("data", "stats", tmp_path / "out.jsonl", "--tokens-per-batch", 200)
     longer = sum(len(data.Chat(tiny).example(*trace)[0]) > 200
                  for trace in data.load_traces(tmp_path / "out.jsonl"))

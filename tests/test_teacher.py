@@ -1,6 +1,7 @@
 """Asking a teacher: a server on loopback that answers in every way there is; both are killed."""
 import email.message
 import email.utils
+import io
 import itertools
 import json
 import math
@@ -137,6 +138,13 @@ def test_a_row_holds_what_came_and_can_be_trained_on(serve):
     assert headers["Authorization"] == f"Bearer {SECRET}" and body == {
         "model": "big", "temperature": 0.6,
         "messages": [{"role": "user", "content": "q0\n\nBox it."}]}
+
+
+def test_a_terminal_shows_what_is_done(serve, monkeypatch):
+    shown, bar = io.StringIO(), data.tqdm
+    monkeypatch.setattr(data, "tqdm", lambda **how: bar(**how | {"disable": False, "file": shown}))
+    assert serve(lambda *_: said(), n=3).code == 0
+    assert "3/3" in shown.getvalue() and "0 failed" in shown.getvalue()
 
 
 def test_a_wrong_answer_and_none_to_compare_with(serve):

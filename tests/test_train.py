@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import train
 from data import BadInput, pack
-from model import Block, Config, Transformer
+from model import Block, Config, FusedLinearCrossEntropy, Transformer
 
 
 def forked(function, **environment):
@@ -162,6 +162,30 @@ def test_recompute_runs_each_block_again_to_the_same_end(run, tiny, tmp_path, mo
         found.append((len(calls), weights(tmp_path / name)))
     (once, plain), (twice, recomputed) = found
     assert twice == 2 * once > 0 and same(plain, recomputed)
+
+
+def test_compile_compiles_the_loss_and_the_parts_of_a_block(run, tiny, tmp_path, monkeypatch):
+    """What is captured runs as it is, to the same bits: inductor's code is not ours to test."""
+    captured, compiled = [], torch.compile
+
+    def backend(graph, inputs):
+        captured.append(graph)
+        return graph
+    monkeypatch.setattr(torch, "compile", lambda step, **how: compiled(
+        step, **how | {"backend": backend}))
+    monkeypatch.setattr(FusedLinearCrossEntropy, "compiled", False)     # put back behind the test
+    torch.compiler.reset()
+    for name, flags in (("plain", ()), ("compiled", ("--compile",))):
+        assert run("train", *command(tiny, tmp_path / name, *flags))[0] == 0
+        assert bool(captured) == bool(flags)
+    code = " ".join(graph.code for graph in captured)
+    assert "silu" in code and "rms_norm" in code and "softmax" in code
+    assert same(weights(tmp_path / "plain"), weights(tmp_path / "compiled"))
+
+
+def test_a_machine_without_git_trains_too(monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    assert train.origin(1)["commit"] == "unknown"
 
 
 def test_bfloat16_computes_in_bfloat16_over_float32_weights(run, tiny, tmp_path):
