@@ -347,7 +347,7 @@ def test_the_key_is_shown_nowhere(serve, monkeypatch):
     ("--base-url http://localhost:99999", "port"), ("--questions none", "No such file"),
     ("--base-url http://127.0.0.1.example.com", "unencrypted"),
     ("--body [1]", "--body"), ("--body {", "no JSON"), ('--body {"n":2}', "--body"),
-    ("--workers 0", "less than 1"), ("--max-usd 1", "--usd-in"), ("--deadline x", "invalid"),
+    ("--workers 0", "at least 1"), ("--max-usd 1", "--usd-in"), ("--deadline x", "invalid"),
     ("--out q.jsonl", "no row of a teacher"), ("--out none/none", "No such file")])
 def test_bad_input_gets_one_line_and_exit_code_2(run, tmp_path, monkeypatch, flags, complaint):
     monkeypatch.chdir(tmp_path)
