@@ -202,6 +202,11 @@ class Chat:
             self.render(closing + "\n" * n) for n in range(3)]
         self.ends = {(stop,) for stop in self.stops} | {tuple(end) for end in closings}
 
+    def refuse_more_than(self, vocab_size):
+        """BadInput where the tokenizer has more tokens than its model."""
+        if (size := self.tokenizer.get_vocab_size()) > vocab_size:
+            raise BadInput(f"{self.path} has {size} tokens, and the model {vocab_size}")
+
     def text(self, text):
         """Token ids of plain text; `<|im_end|>` written in it is eight ordinary tokens or so."""
         return self.plain.encode(text, add_special_tokens=False).ids

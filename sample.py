@@ -323,7 +323,9 @@ def load(name, args):
     directory = local(name)
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     model = Transformer.load(directory, dtype, args.device)
-    return model, Chat(directory, args.chat, args.thinking)
+    chat = Chat(directory, args.chat, args.thinking)
+    chat.refuse_more_than(model.config.vocab_size)
+    return model, chat
 
 
 def ask_all(model, chat, args):

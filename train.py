@@ -303,6 +303,7 @@ def train(args):
     if not args.plan:
         may_write(out, args.overwrite)
     chat, config = Chat(source, args.chat, args.thinking), read_config(source)
+    chat.refuse_more_than(config.vocab_size)
 
     # One process, or as many as torchrun started: each with a device of its own.
     world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))

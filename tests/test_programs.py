@@ -17,7 +17,7 @@ import mutants
 import pytest
 import safetensors.torch
 import torch
-from conftest import ROOT
+from conftest import ROOT, tiny_model
 
 import budget_force
 import data
@@ -200,6 +200,26 @@ def evaluated(directory):
 
 EVALUATION = ("--base=", "--n", 12, "--budgets", 8, -1, "--waits", 1, "--max-length", 200,
               "--slots", 3)
+
+
+def test_a_killed_evaluation_of_two_models_goes_on(run, tiny, tmp_path, monkeypatch):
+    """Though the first one's is written already; what is there from another is still refused."""
+    models = [shutil.copytree(tiny, tmp_path / name) for name in ("a", "b")]
+    command = ["budget_force", "--model", *models, *EVALUATION]
+    examine = budget_force.examine
+
+    def killed(directory, *rest):
+        if directory == str(models[1]):
+            raise KeyboardInterrupt
+        return examine(directory, *rest)
+    monkeypatch.setattr(budget_force, "examine", killed)
+    assert run(*command)[0] == 130 and (models[0] / "eval").exists()
+    monkeypatch.undo()
+    code, _, error = run(*command[:1], *command[1:], "--seed", 1)
+    assert code == 2 and "other arguments" in error
+    assert run(*command)[0] == 0 and (models[1] / "eval").exists()
+    code, _, error = run(*command)
+    assert code == 2 and "already holds an evaluation" in error
 
 
 def test_a_killed_evaluation_goes_on(run, tiny, tmp_path):
@@ -454,16 +474,23 @@ def test_a_closed_pipe_is_no_complaint():
     ("budget_force {long} --model {tiny} --max-length 64", "do not fit"),
     ("budget_force --model {tiny} --base= --n 2 --method majority", "--temperature above 0"),
     ("budget_force --draw {tmp}/unanswered", "no runs.jsonl"),
+    ("train --mfu 0 --plan", "at least 0.001"), ("train --clip 0", "at least 1e-09"),
+    ("train --plan", "--device-tflops"), ("train --model {small}", "1347 tokens, and the model 64"),
+    ("train --data {tmp}/prose --ask steps", "no steps to ask for"),
     ("data show {tmp}/none.jsonl", "No such file"), ("data nothing", "invalid choice")])
 def test_bad_input_gets_one_line_and_exit_code_2(run, tiny, tmp_path, command, complaint):
     (tmp_path / "empty").write_text("")
     (tmp_path / "torn").write_text(
         '{"question": "q", "thinking": "t", "answer": "a"}\n{"question": ')
     (tmp_path / "unanswered").write_text('{"question": "q", "thinking": "t"}')
+    (tmp_path / "prose").write_text('{"question": "q", "thinking": "t", "answer": "a"}\n' * 2)
     (tmp_path / "full").mkdir()
     (tmp_path / "file").write_text("x")
+    small = shutil.copytree(tiny, tmp_path / "small")
+    tiny_model().save(small)
     before = sorted(tmp_path.rglob("*")) + sorted(tiny.rglob("*"))
-    words = [word.format(tmp=tmp_path, tiny=tiny, long="word " * 200) for word in command.split()]
+    words = [word.format(tmp=tmp_path, tiny=tiny, small=small, long="word " * 200)
+             for word in command.split()]
     if words[0] == "train":
         words[1:1] = ["--out", tmp_path / "out"] + ([] if "--model" in words else ["--model", tiny])
     code, _, error = run(*words)

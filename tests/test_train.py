@@ -265,6 +265,28 @@ def test_ctrl_c_saves_and_resume_is_bitwise(run, tiny, tmp_path, monkeypatch, st
     assert not (tmp_path / "parts.steps").exists()
 
 
+def test_ctrl_c_to_one_of_two_processes_stops_both(tiny, tmp_path, monkeypatch):
+    """The other may be on another machine, where no terminal reaches it."""
+    whole, arguments = train.line, command(tiny, tmp_path / "a", "--tokens-per-batch", 400)
+
+    def line(row, steps):
+        if row["step"] == 1 and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGINT)
+        return whole(row, steps)
+    monkeypatch.setattr(train, "line", line)
+
+    def process():
+        with pytest.raises(SystemExit) as stop:
+            call(*arguments)
+        assert stop.value.code == 130
+    two(process)
+    assert [path.name for path in (tmp_path / "a.steps").iterdir()] == ["00000002"]
+    assert not (tmp_path / "a").exists()
+    monkeypatch.undo()
+    two(lambda: call(*arguments, "--resume"))
+    assert len(losses(tmp_path / "a")) == 6
+
+
 def test_checkpoints_come_when_asked_for_and_the_newest_stays(run, tiny, tmp_path, monkeypatch):
     kept = []
     save = train.save
