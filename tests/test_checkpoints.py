@@ -283,6 +283,14 @@ def test_the_format_can_be_chosen_and_an_unknown_one_is_refused(copied):
         Chat(directory)
 
 
+def test_ctrl_c_while_a_tokenizer_is_read_is_no_broken_tokenizer(monkeypatch):
+    def interrupted(text):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(data.json, "loads", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        Chat(FIXTURES / "qwen2")
+
+
 @pytest.mark.parametrize("text, complaint", [("{", "chat.json is no JSON"), ("[]", "no object")])
 def test_a_broken_chat_json_is_named(copied, text, complaint):
     directory = copied("qwen2")

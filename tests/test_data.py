@@ -327,6 +327,13 @@ def test_lengths_are_asked_for_as_they_are(chat):
                for example in data.load_examples("countdown", chat, 5, ask=["class"]))
 
 
+def test_steps_are_asked_for_only_where_there_are_some(chat):
+    traces = [("q", "no sum", "5")] * 2
+    assert list(data.ask_for_lengths(traces, chat, ["class"]))[1][0].endswith("a short time.")
+    with pytest.raises(BadInput, match="no steps to ask for"):
+        list(data.ask_for_lengths(traces, chat, ["steps"]))
+
+
 def test_the_countdown_command_asks_for_lengths(run):
     code, printed, _ = run("data", "countdown", "--n", 6, "--ask", "tokens", "class")
     questions = [json.loads(line)["question"] for line in printed.splitlines()]
