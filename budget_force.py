@@ -52,14 +52,15 @@ class Thought:
 
 @dataclass
 class Budget:
-    """Between `waits` (so many times `Wait`) and `max_thinking` tokens of thinking, then an answer.
+    """At least `waits` times `Wait`, at most `max_thinking` tokens of thinking, then an answer.
 
                      wants to end, waits left: `Wait` instead
                     .------.
                     v      |
         thinking ---+------'--- wants to end -------------->  answering --> end
                     |                                             ^
-                    '--- the budget is spent: `Final Answer:` ----'
+                    '--- the budget is spent, the row is full, ---'
+                         or it goes in circles: `Final Answer:`
 
     It is a `steer`: called with a row and the token that was drawn, it returns the tokens that go
     in instead. It knows tokens and no model. One budget holds over all extensions, an appended
@@ -185,7 +186,8 @@ class Setting:
         return ask_for(question, kind, limits.get(kind))
 
     def kept(self, tokens):
-        """Control: does a mean of so many tokens keep to what was asked? None: nothing was."""
+        """Does this mean of thinking tokens keep to what was asked? None: nothing was. Control is
+        the share of the runs that do (s1, section 3.2)."""
         if self.max_thinking >= 0 and self.method != "direct":
             return tokens <= self.max_thinking
         return tokens > SHORT if METHODS[self.method].asks == "class" else None

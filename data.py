@@ -112,7 +112,7 @@ class Family(typing.NamedTuple):
 
 
 # In the order in which they are looked for.
-FAMILIES = {
+FORMATS = {
     "deepseek-r1": Family({"<｜User｜>", "<｜Assistant｜>", "<｜begin▁of▁sentence｜>",
                            "<｜end▁of▁sentence｜>"},
                           "<｜begin▁of▁sentence｜><｜User｜>{question}<｜Assistant｜>",
@@ -132,7 +132,7 @@ FAMILIES = {
 }
 
 # What opens the thinking and what closes it, at the beginning of a line. s1's (section 4.1 and its
-# code) are no new tokens: `<|im_start|>` is one, `think` and `answer` are plain text behind it.
+# code) are no new tokens: `<|im_start|>` is one, `think` and `answer` are plain text after it.
 THINKING_STYLES = {"s1": ("<|im_start|>think\n", "<|im_start|>answer\n"),
                    "think": ("<think>\n", "</think>\n\n")}
 
@@ -153,7 +153,7 @@ class Chat:
     """
 
     def __init__(self, directory, family=None, thinking=None):
-        """`family` and `thinking` are keys of FAMILIES and THINKING_STYLES; left out, they are what
+        """`family` and `thinking` are keys of FORMATS and THINKING_STYLES; left out, they are what
         the directory's chat.json says, else what the tokenizer shows."""
         self.directory = Path(directory)
         self.path = self.directory / "tokenizer.json"
@@ -176,13 +176,13 @@ class Chat:
             raise BadInput(f"{self.path} cannot be read as a tokenizer: {error}") from None
         said = read_object(self.directory / "chat.json")
         name = family or said.get("family") or next(
-            (name for name, family in FAMILIES.items() if family.sign <= self.control.keys()), None)
-        known = isinstance(name, str) and name in FAMILIES
-        if not known or not FAMILIES[name].sign <= self.control.keys():
+            (name for name, family in FORMATS.items() if family.sign <= self.control.keys()), None)
+        known = isinstance(name, str) and name in FORMATS
+        if not known or not FORMATS[name].sign <= self.control.keys():
             asked = name or "a known chat format"
             raise BadInput(f"{self.path}: its tokens are not those of {asked} "
-                           f"(known: {', '.join(FAMILIES)}; --chat chooses)")
-        self.family = FAMILIES[name]
+                           f"(known: {', '.join(FORMATS)}; --chat chooses)")
+        self.family = FORMATS[name]
         style = thinking or said.get("thinking") or self.family.thinking
         if not isinstance(style, str) or style not in THINKING_STYLES:
             raise BadInput(f"{self.directory / 'chat.json'}: thinking {style!r} is not known "
@@ -223,7 +223,7 @@ class Chat:
         return ids
 
     def prompt(self, question, thinking=True):
-        """Ids up to where the model goes on: behind the opened thinking, or where it answers."""
+        """Ids up to where the model goes on: after the opened thinking, or where it answers."""
         opened = self.think if thinking else self.render(self.family.direct)
         return self.render(self.family.head, question=question) + opened
 
@@ -272,7 +272,7 @@ def listed(value):
 def model_flags(add, **options):
     """The flags by which programs name a model: a directory or hub id, and its chat format."""
     add("--model", help="directory or hub id (owner/name, owner/name@revision)", **options)
-    add("--chat", choices=FAMILIES, help="chat format (default: what the tokenizer shows)")
+    add("--chat", choices=FORMATS, help="chat format (default: what the tokenizer shows)")
     add("--thinking", choices=THINKING_STYLES, help="its delimiters (default: the format's own)")
 
 
@@ -543,7 +543,7 @@ def split(numbers, target):
     return "train" if bucket < 15 else "tune" if bucket < 17 else "test"
 
 
-def ask(numbers, target):
+def pose(numbers, target):
     """The question's text."""
     listed = ", ".join(map(str, numbers[:-1])) + f" and {numbers[-1]}"
     return f"Use {listed} with + - * to make {target}."
@@ -566,7 +566,7 @@ def countdown_questions(part, n, seed):
     rng = random.Random(f"{part} questions {seed}")
     rng.shuffle(keys)
     shown = [(rng.sample(numbers, len(numbers)), target) for numbers, target in keys]
-    return [{"question": ask(numbers, target), "answer": {"numbers": numbers, "target": target}}
+    return [{"question": pose(numbers, target), "answer": {"numbers": numbers, "target": target}}
             for numbers, target in shown[:n]]
 
 
@@ -574,7 +574,7 @@ GIVE_UP = 0.7                       # how likely the teacher gives up when it is
 PATIENCE = 8                        # first steps of the search after which the teacher may give up
 
 
-def teacher(numbers, target, rng, give_up=GIVE_UP, patience=PATIENCE, hasty=0.15, doubt=0.42):
+def search_aloud(numbers, target, rng, give_up=GIVE_UP, patience=PATIENCE, hasty=0.15, doubt=0.42):
     """Think in text as people do, then answer: (thinking, answer), the answer not always right.
 
     The search goes in a fixed order and checks each try against the target. The teacher is
@@ -582,7 +582,7 @@ def teacher(numbers, target, rng, give_up=GIVE_UP, patience=PATIENCE, hasty=0.15
     hit, look again (a line with `Wait`) and write the answer again or, where it was hasty, take it
     back and go on. Now and then it pauses with a `Wait` between two steps. After `patience` of its
     nine first steps, and again at the very end, it gives up with probability `give_up` and answers
-    with its last try; else it goes on behind a `Wait`. So every case of what may follow is there.
+    with its last try; else it goes on after a `Wait`. So every case of what may follow is there.
     """
     lines, steps, answer = [], 0, None
     for again in range(2):                      # the second time for a hit that was passed over
@@ -630,7 +630,7 @@ def countdown_traces(n, seed, give_up=GIVE_UP, hurried=0):
             rng = random.Random(f"teacher {seed} {row['question']}" + f" {haste}" * bool(haste))
             chances = ({"give_up": 1.0, "patience": rng.randint(1, PATIENCE)} if haste
                        else {"give_up": give_up})
-            traces.append((row["question"], *teacher(**row["answer"], rng=rng, **chances)))
+            traces.append((row["question"], *search_aloud(**row["answer"], rng=rng, **chances)))
     return traces[:n]
 
 
@@ -644,10 +644,10 @@ def countdown_pool(n, seed, give_up=GIVE_UP):
         raise BadInput(f"there are {len(shown)} questions for a pool of Countdown, not {n}")
     random.Random(f"pool {seed}").shuffle(shown)
     for numbers, target in shown[:n]:
-        question, answer = ask(numbers, target), {"numbers": list(numbers), "target": target}
+        question, answer = pose(numbers, target), {"numbers": list(numbers), "target": target}
         rng = random.Random(f"teacher {seed} {question}")
-        thinking, said = teacher(numbers, target, rng, give_up)
-        sure = teacher(numbers, target, rng, give_up=0, hasty=0, doubt=0)[1]
+        thinking, said = search_aloud(numbers, target, rng, give_up)
+        sure = search_aloud(numbers, target, rng, give_up=0, hasty=0, doubt=0)[1]
         yield {"question": question, "thinking": thinking, "answer": said, "gtruth_answer": answer,
                "correct": grade(f"Answer: {said}", answer),
                "domain": "high" if target > HIGHEST else
@@ -957,7 +957,7 @@ class Formula:
 KEYS = ("TEACHER_API_KEY", "OPENAI_API_KEY")    # environment variables, the first set counts
 BACKOFF = 1.0               # seconds before the second try, about; doubled for each further one
 ATTEMPTS = 8                # tries of a question; a 429 only means: later, so it is never the last
-HOPELESS = 10               # so many failures before the first answer end the run
+HOPELESS = 10               # as many failures before the first answer end the run
 GRACE = 1.0                 # seconds in which replies may still come when a run is interrupted
 LARGEST_REPLY = 16 << 20    # bytes of a reply
 
@@ -1316,7 +1316,7 @@ def teacher_flags(add):
     add("--out", required=True, help="file the traces are appended to; what is in it is not asked")
     add("--n", type=at_least(1), help="only the first n questions")
     add("--samples", type=at_least(1), default=1, help="answers to each question")
-    add("--suffix", default="", help="what to ask for behind each question")
+    add("--suffix", default="", help="what to ask for after each question")
     add("--max-tokens", type=at_least(1), default=32768, help="of an answer with its thinking")
     add("--body", default="{}", metavar="JSON",
         help='more of the request, such as {"temperature": 0.6}; null leaves a field out')
@@ -1327,7 +1327,7 @@ def teacher_flags(add):
     add("--usd-in", type=at_least(0, float), help="dollars for a million tokens read")
     add("--usd-out", type=at_least(0, float), help="dollars for a million tokens written")
     add("--max-usd", type=at_least(0, float), default=math.inf,
-        help="stop before so many dollars are passed")
+        help="stop before the run costs more than this")
     add("--allow-http", action="store_true", help="send key and questions unencrypted")
 
 
@@ -1385,8 +1385,8 @@ def quality(row, trace):
 
 
 def difficulty(verdicts):
-    """A stage (s1, section 2.2): a question goes out that any grader's model has right, by a column
-    that ends in _correct or by `verdicts`, {question: right}."""
+    """A stage (s1, section 2.2): a question goes out that any grader's model answers right, by a
+    column that ends in _correct or by `verdicts`, {question: right}."""
     def stage(row, trace):
         columns = [verdict(value) for name, value in row.items() if name.endswith("_correct")]
         if verdicts.get(trace[0]) or any(columns):
@@ -1541,7 +1541,7 @@ def pack(examples, tokens_per_batch, processes=1):
         lengths    4, 3, 2
 
     Several processes take a row each at a time and wait for the one with the longest. So the rows
-    are then as short as can be in so many rounds, and no fewer than there is somebody to take one.
+    are then made as short as the number of rounds allows, so that each process has its share.
     """
     rows = best_fit(examples, tokens_per_batch)
     if processes > 1:
@@ -1646,7 +1646,7 @@ def select_flags(add):
     add("--pool", required=True, help="file of traces, or a hub dataset's id")
     add("--benchmarks", nargs="*", default=[], help="files of questions that must not come in")
     add("--words", type=at_least(1), default=8,
-        help="a shared run of so many words is contamination; a task of one template needs more")
+        help="a shared run of this many words is contamination; a task of one template needs more")
     add("--verdicts", nargs="*", default=[],
         help="rows.jsonl of evaluations: what a model had right is too easy")
     add("--sources", nargs="*", default=[], help="sources whose right, long traces are all taken")

@@ -37,7 +37,7 @@ class BadModel(ValueError):
 
 # How the families differ: biases on q, k and v; norms on each head of q and k; the width of a head
 # where config.json is silent (None: hidden_size / num_attention_heads).
-FAMILIES = {"qwen2": {"qkv_bias": True, "qk_norm": False, "head_dim": None},
+ARCHITECTURES = {"qwen2": {"qkv_bias": True, "qk_norm": False, "head_dim": None},
             "qwen3": {"qkv_bias": False, "qk_norm": True, "head_dim": 128},
             "llama": {"qkv_bias": False, "qk_norm": False, "head_dim": None}}
 # Beyond these a number is broken, not large: no machine's integer, or nothing to be built.
@@ -66,10 +66,10 @@ class Config:
 
     def __post_init__(self):
         """BadModel where this file cannot compute what is asked for."""
-        if self.model_type not in FAMILIES:
+        if self.model_type not in ARCHITECTURES:
             raise BadModel(f"model_type {self.model_type!r} is not known here "
-                           f"(known: {', '.join(FAMILIES)})")
-        family = FAMILIES[self.model_type]
+                           f"(known: {', '.join(ARCHITECTURES)})")
+        family = ARCHITECTURES[self.model_type]
         self.qkv_bias, self.qk_norm = family["qkv_bias"], family["qk_norm"]
         for f in fields(self):
             value, number = getattr(self, f.name), f.type in (int, float)
@@ -175,7 +175,12 @@ def attend_cached(q, k, v, mask):
 
 
 class Attention(nn.Module):
-    """Causal attention in which H query heads share K key-value heads (Ainslie et al., 2023)."""
+    """Causal attention in which H query heads share K key-value heads (Ainslie et al., 2023).
+
+    `rope`: cos and sin of the positions. Then either the `lengths` of packed documents, or
+    `cached`: this layer's pair k, v of the cache, the places (B, T) that the new keys and values
+    take in it, and the mask (B, 1, T, L) of the places that each query sees.
+    """
 
     def __init__(self, config):
         super().__init__()
@@ -541,9 +546,9 @@ def read_config(directory):
 
 def refuse(raw):
     """BadModel by the name of what a config.json asks for and is not computed here."""
-    if raw.get("model_type") not in FAMILIES:
+    if raw.get("model_type") not in ARCHITECTURES:
         raise BadModel(f"model_type {raw.get('model_type')!r} is not known here "
-                       f"(known: {', '.join(FAMILIES)})")
+                       f"(known: {', '.join(ARCHITECTURES)})")
     if raw.get("hidden_act", "silu") != "silu":
         raise BadModel(f"hidden_act {raw['hidden_act']!r} is not known here (known: silu)")
     layers = raw.get("layer_types") or []

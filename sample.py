@@ -39,7 +39,7 @@ class Row:
     index: int                                      # of the prompt
     prompt: list
     sample: int = 0
-    tokens: list = field(default_factory=list)      # what went in behind the prompt
+    tokens: list = field(default_factory=list)      # what followed the prompt
     forced: list = field(default_factory=list)      # for each token: did we put it in?
     finish: str | None = None                       # why it ended, see `Sampler.ending`
     banned: set = field(default_factory=set)
@@ -53,7 +53,7 @@ class Row:
         del self.tokens[len(self.tokens) - n:], self.forced[len(self.forced) - n:]
 
     def repeats(self, times, n=20):
-        """Have the last n tokens now come so many times in this row? Asked once a token."""
+        """Have the last n tokens now occurred `times` times in this row? Call it once a token."""
         run = hash(tuple(self.tokens[-n:]))
         self.seen[run] += len(self.tokens) >= n
         return self.seen[run] >= times > 0
@@ -115,7 +115,7 @@ class Sampler:
             logits = self.decode(rows) if rows else logits[:0]
 
     def ending(self, row, stops, max_new_tokens, repeats):
-        """Why the row ends behind its last token; None where it goes on."""
+        """Why the row ends after its last token; None where it goes on."""
         if row.tokens[-1] in stops:
             return "stop"
         if len(row.tokens) == max_new_tokens:
@@ -134,14 +134,14 @@ class Sampler:
                     self.cache.move(len(rows), slot)
 
     def take(self, row, token, steer):
-        """Put the next token behind the row: a queued one, or what `steer` makes of the drawn."""
+        """Put the next token at the row's end: a queued one, or what `steer` makes of the drawn."""
         if row.queue:
             row.tokens.append(row.queue.popleft())
             row.forced.append(True)
             return
         row.banned, before = set(), len(row.tokens)
         instead = list(steer(row, token)) if steer else [token]
-        drawn_here = len(row.tokens) == before      # and not behind what was withdrawn
+        drawn_here = len(row.tokens) == before      # and not where some were withdrawn
         row.tokens.append(instead[0])
         row.forced.append(not drawn_here or instead[0] != token)
         row.queue.extend(instead[1:])
@@ -162,8 +162,8 @@ class Sampler:
         return torch.searchsorted(sums, places, right=True)[:, 0].tolist()
 
     def prefill(self, rows, new, samples):
-        """Give the new rows the slots behind `rows`; the logits (n, V) behind their prompts. The
-        samples of a prompt come one behind the other: the first reads it, the others copy it."""
+        """Give the new rows the slots after those of `rows`; the logits (n, V) after their prompts.
+        The samples of a prompt come one after the other: the first reads it, the others copy it."""
         new.sort(key=lambda row: row.sample > 0)                    # the readers stand side by side
         readers, logits = [row for row in new if row.sample == 0], []
         longest = max((len(row.prompt) for row in readers), default=1)
@@ -173,8 +173,8 @@ class Sampler:
             places = [tensor[slot, :, :len(row.prompt)]
                       for tensor in itertools.chain(*self.cache.layers)]
             if row.sample > 0:
-                behind, kept = self.prefilled[row.index]
-                logits.append(behind)
+                after, kept = self.prefilled[row.index]
+                logits.append(after)
                 for place, old in zip(places, kept):
                     place.copy_(old)
             elif samples > 1:
@@ -185,7 +185,7 @@ class Sampler:
         return torch.stack(logits)
 
     def read(self, slot, rows):
-        """Read the prompts of rows side by side, the first into `slot`. What is computed behind the
+        """Read the prompts of rows side by side, the first into `slot`. What is computed after the
         end of a shorter one lies in places that no token sees before they are written again."""
         cache = self.cache.rows(slot, slot + len(rows))
         cache.filled[:] = 0
@@ -276,7 +276,7 @@ def stream(sampler, chat, prompt, shown, steer=None, held=0, colour=None, **opti
     """Generate one row and print it as it comes; returns the row.
 
     `shown` is how many tokens at the prompt's end to print first, as forced: the opening delimiter.
-    `held` is how many tokens `steer` may withdraw: so many are held back.
+    `held` is how many tokens `steer` may withdraw: they are held back.
     """
     printer = Printer(chat, sys.stdout.isatty() if colour is None else colour)
 
@@ -300,13 +300,13 @@ def stream(sampler, chat, prompt, shown, steer=None, held=0, colour=None, **opti
 def sampling_flags(add):
     """The flags of how tokens are drawn; `sampling` makes of them what `generate` takes."""
     add("--temperature", type=at_least(0, float), default=0.0, help="0 takes the likeliest token")
-    add("--top-k", type=at_least(0), default=0, help="draw among so many; 0 is all")
+    add("--top-k", type=at_least(0), default=0, help="draw among the k likeliest; 0 is all")
     add("--top-p", type=at_least(0, float, 1), default=1.0,
         help="draw among the likeliest that have so much probability between them")
     add("--min-p", type=at_least(0, float, 1), default=0.0,
-        help="draw among those at least so many times as likely as the likeliest")
+        help="draw among those at least this share as likely as the likeliest")
     add("--repeats", type=at_least(0), default=0,
-        help="a row is stuck when 20 tokens came so many times, and ends; 0 lets it")
+        help="end a row in which 20 tokens came again this many times; 0 lets it")
     add("--seed", type=int, default=0, help="of the draws, and of which questions are asked")
     add("--compile", action="store_true",
         help="decode by torch.compile: a minute to begin with, then faster")
@@ -367,7 +367,7 @@ def main():
     add("--slots", type=at_least(1), default=16, help="rows side by side, for --questions")
     model_flags(add, default="out/student")
     add("--direct", action="store_true", help="answer at once: do not open the thinking")
-    add("--max-new-tokens", type=at_least(1), default=1024, help="stop after so many tokens")
+    add("--max-new-tokens", type=at_least(1), default=1024, help="tokens of an answer at most")
     sampling_flags(add)
     args = parser.parse_args()
     with complaints(BadModel):

@@ -61,7 +61,7 @@ def arguments():
     add("--save-every", type=at_least(1), help="steps between checkpoints in OUT.steps")
     add("--resume", action="store_true", help="go on from the newest checkpoint in OUT.steps")
     add("--epochs", type=at_least(1), default=8, help="passes over the examples")
-    add("--max-steps", type=at_least(1), help="stop after so many optimizer steps")
+    add("--max-steps", type=at_least(1), help="optimizer steps at most")
     add("--batch-size", type=at_least(1), default=16,
         help="sequences in an optimizer step, over all processes")
     add("--tokens-per-batch", type=at_least(1), default=8192,
@@ -131,7 +131,7 @@ def save(directory, model, dtype, chat, records, optimizer=None):
 
 
 def save_step(out, done, model, optimizer, chat, run, metrics):
-    """A checkpoint behind `done` steps in OUT.steps, in place of the one before it."""
+    """A checkpoint after `done` steps in OUT.steps, in place of the one before it."""
     checkpoint = Path(f"{out}.steps") / f"{done:08}"
     save(checkpoint, model, None, chat, {"run.json": json.dumps(
         {"run": run, "step": done, "metrics": metrics})}, optimizer)

@@ -131,7 +131,7 @@ def piece_answering(rng):
     _, target, answer = tries[0]
     if not 1 <= target <= data.HIGHEST:
         return piece_answering(rng)
-    return data.ask(numbers, target), None, answer
+    return data.pose(numbers, target), None, answer
 
 
 PIECES = {piece_sums: 0.2, piece_listing: 0.12, piece_writing: 0.16, piece_checking: 0.32,
@@ -156,7 +156,7 @@ def make_tokenizer(directory):
     learner = tokenizers.Tokenizer(tokenizers.models.BPE())
     learner.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([isolate, byte_level])
     texts = [f"system\n{data.SYSTEM}", "user\n", "assistant\n", "think\n", "answer\n",
-             data.ask((1, 2), 3), "Final Answer: (1)", "From 1, 2 and 3:\n",
+             data.pose((1, 2), 3), "Final Answer: (1)", "From 1, 2 and 3:\n",
              "make 1.\n1 ok\n1 no\n",
              "Wait, is 1 2? ok\n"]
     learner.train_from_iterator(

@@ -11,8 +11,8 @@ import pytest
 
 import data
 from data import (BadInput, calculate, countdown_questions, countdown_traces,
-                  epoch_batches, equal, extract, grade, load_traces, pack, read_rows, split,
-                  targets_of, teacher)
+                  epoch_batches, equal, extract, grade, load_traces, pack, read_rows, search_aloud,
+                  split, targets_of)
 
 # ---- Chat -----------------------------------------------------------------------------------
 
@@ -153,7 +153,7 @@ def test_search_is_complete_and_its_arithmetic_right():
 def test_a_patient_teacher_is_always_right():
     rng = random.Random(0)
     for row in countdown_questions("tune", 100, 0):
-        thinking, answer = teacher(**row["answer"], rng=rng, give_up=0, hasty=0, doubt=0)
+        thinking, answer = search_aloud(**row["answer"], rng=rng, give_up=0, hasty=0, doubt=0)
         assert thinking.endswith(f" ok\nSo {answer}") and "Wait, is" not in thinking
         assert grade(f"Answer: {answer}", row["answer"])
 
