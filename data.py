@@ -1532,16 +1532,11 @@ def best_fit(examples, room):
     return [row for _, *row in rows]
 
 
-def pack(examples, tokens_per_batch, processes=1):
-    """Examples (ids, first) in as few rows of `tokens_per_batch` tokens as best fit can. Yields
-    what `forward` takes, a row at a time: ids, positions, targets (1, T), and lengths.
-
-        ids        a a a a b b b c c
-        positions  0 1 2 3 0 1 2 0 1
-        lengths    4, 3, 2
+def deal(examples, tokens_per_batch, processes=1):
+    """Rows of examples, as few as best fit can make with `tokens_per_batch` tokens in each.
 
     Several processes take a row each at a time and wait for the one with the longest. So the rows
-    are then made as short as the number of rounds allows, so that each process has its share.
+    are then made as short as the number of rounds allows, and each process has its share.
     """
     rows = best_fit(examples, tokens_per_batch)
     if processes > 1:
@@ -1551,12 +1546,22 @@ def pack(examples, tokens_per_batch, processes=1):
             room = (low + high) // 2
             low, high = (low, room) if len(best_fit(examples, room)) <= most else (room + 1, high)
         rows = best_fit(examples, high)
-    for row in rows:
-        lengths = [len(ids) for ids, _ in row]
-        yield {"ids": torch.tensor([[i for ids, _ in row for i in ids]]),
-               "positions": torch.cat([torch.arange(n) for n in lengths])[None],
-               "lengths": lengths,
-               "targets": torch.tensor([[t for example in row for t in targets_of(*example)]])}
+    return rows
+
+
+def pack(row):
+    """A row of examples (ids, first) as `forward` takes it: ids, positions, targets, each (1, T),
+    and lengths.
+
+        ids        a a a a b b b c c
+        positions  0 1 2 3 0 1 2 0 1
+        lengths    4, 3, 2
+    """
+    lengths = [len(ids) for ids, _ in row]
+    return {"ids": torch.tensor([[i for ids, _ in row for i in ids]]),
+            "positions": torch.cat([torch.arange(n) for n in lengths])[None],
+            "lengths": lengths,
+            "targets": torch.tensor([[t for example in row for t in targets_of(*example)]])}
 
 
 def epoch_batches(examples, batch_size, seed, epoch):

@@ -37,8 +37,8 @@ import torch.distributed
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
-from data import (GIVE_UP, KINDS, BadInput, Chat, Parser, at_least, complaints, epoch_batches,
-                  load_examples, local, model_flags, pack, trace_flags)
+from data import (GIVE_UP, KINDS, BadInput, Chat, Parser, at_least, complaints, deal,
+                  epoch_batches, load_examples, local, model_flags, pack, trace_flags)
 from model import BadModel, Transformer, put, read_config, whole
 
 
@@ -207,10 +207,10 @@ def gradients(model, batch, tokens_per_batch, device, autocast=False, rank=0, wo
     the tokens of a short row more.
     """
     supervised = sum(len(ids) - first for ids, first in batch)
-    rows, nothing = list(pack(batch, tokens_per_batch, world)), list(pack([([0], 1)], 1))
+    rows, nothing = deal(batch, tokens_per_batch, world), [([0], 1)]
     total = torch.zeros((), device=device)
     # All processes take as many rows: one that has none left computes a token for nothing.
-    for row in (rows + nothing * (-len(rows) % world))[rank::world]:
+    for row in map(pack, (rows + [nothing] * (-len(rows) % world))[rank::world]):
         ids, positions = row["ids"].to(device), row["positions"].to(device)
         with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=autocast):
             loss, _ = model(ids, positions, row["lengths"], row["targets"])
@@ -218,7 +218,7 @@ def gradients(model, batch, tokens_per_batch, device, autocast=False, rank=0, wo
         total += loss.detach() / supervised
     if world > 1:
         torch.distributed.all_reduce(total)
-    return total, [len(row["ids"][0]) for row in rows]
+    return total, lengths_of(rows)
 
 
 def share(model, kind, world, autocast):
@@ -403,9 +403,13 @@ def speed(batch, seconds, config, args, world):
             "flops": cost, "mfu": cost / seconds / peak if peak else None}
 
 
-def places(rows, world):
+def lengths_of(rows):
+    return [sum(len(ids) for ids, _ in row) for row in rows]
+
+
+def places(lengths, world):
     """The tokens that all processes could have computed while the longest row of each round was."""
-    return world * sum(max(rows[i:i + world]) for i in range(0, len(rows), world))
+    return world * sum(max(lengths[i:i + world]) for i in range(0, len(lengths), world))
 
 
 def memory(device):
@@ -496,6 +500,11 @@ def plan(args, config, examples, steps):
     tokens = share * sum(len(ids) for ids, _ in examples)
     total = share * sum(flops(config, [len(ids)], len(ids) - first) for ids, first in examples)
     print(f"{steps:,} steps, {tokens:,.0f} tokens, {total:.3g} FLOPs")
+    if args.devices > 1:
+        batches = [lengths_of(deal(batch, T, args.devices))
+                   for batch in epoch_batches(examples, args.batch_size, args.seed, 0)]
+        busy = sum(map(sum, batches)) / sum(places(rows, args.devices) for rows in batches)
+        print(f"devices {100 * busy:.1f}% busy: the rest of the time they wait for the longest row")
     seconds = total / (args.devices * args.device_tflops * 1e12 * args.mfu)
     price = args.devices * seconds / 3600 * (args.usd_per_hour or 0)
     print(f"{seconds / 60:,.1f} minutes at {100 * args.mfu:g}% of the peak, "

@@ -10,7 +10,7 @@ import make_base
 import pytest
 
 import data
-from data import (BadInput, calculate, countdown_questions, countdown_traces,
+from data import (BadInput, calculate, countdown_questions, countdown_traces, deal,
                   epoch_batches, equal, extract, grade, load_traces, pack, read_rows, search_aloud,
                   split, targets_of)
 
@@ -347,7 +347,7 @@ def test_the_countdown_command_asks_for_lengths(run):
 def test_pack_keeps_every_token_once_and_restarts_positions():
     rng = random.Random(0)
     examples = [([rng.randint(0, 99) for _ in range(rng.randint(2, 50))], 1) for _ in range(40)]
-    rows, documents = list(pack(examples, 64)), []
+    rows, documents = [pack(row) for row in deal(examples, 64)], []
     for row in rows:
         assert row["ids"].shape == row["positions"].shape == row["targets"].shape
         assert row["ids"].shape[1] == sum(row["lengths"]) <= 64
