@@ -1162,7 +1162,7 @@ class Asking:
         self.todo = [job for job in jobs.values() if job.key not in done]
         self.total, self.before = len(jobs), len(jobs) - len(self.todo)
         used = [tokens_used(row.get("usage")) or (0, args.max_tokens) for row in done.values()]
-        self.spent = sum(dollars(args, *pair) for pair in used)
+        self.tokens, self.spent = sum(map(sum, used)), sum(dollars(args, *pair) for pair in used)
         self.done = self.failed = 0
         self.pause = 0.0                        # until when on the monotonic clock nobody asks
         self.flying = []                        # dollars that each try under way may cost
@@ -1240,6 +1240,7 @@ class Asking:
         usage, choice = reply.get("usage"), reply["choices"][0]
         used = tokens_used(usage)
         self.spent += dollars(self.args, *used) if used else job.most
+        self.tokens += sum(used or ())
         self.done += 1
         write_row(self.file, trace_row(
             job.question, *split_message(choice["message"]), model=reply.get("model"),
@@ -1260,9 +1261,12 @@ class Asking:
             raise BadInput(f"the teacher gives no answers{hint}: {said}")
 
     def state(self):
-        expected = self.spent * self.total / max(1, self.before + self.done)
-        return f"{self.failed} failed" + (f", ${self.spent:.2f} so far, ${expected:.2f} expected"
-                                          if self.args.usd_out is not None else "")
+        """Where the run stands, beside its count of rows."""
+        said = f"{self.failed} failed, {self.tokens:,} tokens"
+        if self.args.usd_out is not None:
+            expected = self.spent * self.total / max(1, self.before + self.done)
+            said += f", ${self.spent:.2f} so far, ${expected:.2f} expected"
+        return said
 
 
 def teacher_jobs(args, url):

@@ -353,7 +353,8 @@ def train(args):
 
         loss, norm = loss.item(), norm.item()       # waits for the device
         metrics.append({"step": step, "loss": loss, "lr": group["lr"], "grad_norm": norm,
-                        "places": places(rows, world), "memory_bytes": memory(kind),
+                        "rows": len(rows), "places": places(rows, world),
+                        "memory_bytes": memory(kind),
                         **speed(batch, time.perf_counter() - began, config, args, world)})
         tqdm.write(line(metrics[-1], steps))        # above the bar
         sys.stdout.flush()
@@ -432,12 +433,13 @@ def line(row, steps):
 def summarise(args, metrics, world):
     """What the run took and came to; the last loss is the mean of the last twentieth of it."""
     total = {key: sum(row[key] for row in metrics)
-             for key in ("tokens", "places", "flops", "seconds")}
+             for key in ("tokens", "rows", "places", "flops", "seconds")}
     hours, last = total["seconds"] * world / 3600, metrics[-max(1, len(metrics) // 20):]
     if world > 1:
         print(f"devices {100 * total['tokens'] / total['places']:.1f}% busy: the rest of the time "
               "they wait for the longest row")
-    print(f"{total['flops']:.3g} FLOPs, {hours:.3f} device-hours"
+    print(f"rows {100 * total['tokens'] / total['rows'] / args.tokens_per_batch:.1f}% full; "
+          f"{total['flops']:.3g} FLOPs, {hours:.3f} device-hours"
           + (f", {hours * args.usd_per_hour:.2f} dollars" if args.usd_per_hour else ""))
     print(f"{len(metrics)} steps, {total['tokens']:,} tokens in {total['seconds']:.0f} s "
           f"({total['tokens'] / total['seconds']:,.0f} a second), loss {metrics[0]['loss']:.3f} -> "
