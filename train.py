@@ -81,12 +81,7 @@ def arguments():
         help="to compute in, weights stay float32 (default: bfloat16 on cuda)")
     add("--save-dtype", choices=("float32", "bfloat16"), default="float32",
         help="of the written weights")
-    add("--plan", action="store_true", help="compute what the run would take, and stop")
-    add("--devices", type=at_least(1), default=1, help="for --plan: how many")
-    add("--device-tflops", type=at_least(1e-6, float), help="a device's peak, for MFU and --plan")
-    add("--device-memory-gb", type=at_least(0, float), default=80, help="for --plan")
-    add("--mfu", type=at_least(0.001, float, 1), default=0.4, help="for --plan: share of the peak")
-    add("--usd-per-hour", type=at_least(0, float), help="price of a device")
+    cost_flags(add)
     return parser.parse_args()
 
 
@@ -462,6 +457,15 @@ def flops(config, lengths, supervised):
     layer = 2 * C * H * D + 2 * C * K * D + 3 * C * config.intermediate_size
     return (6 * L * layer * sum(lengths) + 6 * C * config.vocab_size * supervised
             + 6 * L * H * D * sum(T * T for T in lengths))
+
+
+def cost_flags(add):
+    add("--plan", action="store_true", help="compute what the run would take, and stop")
+    add("--devices", type=at_least(1), default=1, help="for --plan: how many")
+    add("--device-tflops", type=at_least(1e-6, float), help="a device's peak, for MFU and --plan")
+    add("--device-memory-gb", type=at_least(0, float), default=80, help="for --plan")
+    add("--mfu", type=at_least(0.001, float, 1), default=0.4, help="for --plan: share of the peak")
+    add("--usd-per-hour", type=at_least(0, float), help="price of a device")
 
 
 def plan(args, config, examples, steps):

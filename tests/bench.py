@@ -2,7 +2,7 @@
 
     python tests/bench.py loss      the fused loss beside whole logits, PyTorch's own and Liger's
     python tests/bench.py train     the loop beside transformers' model in a plain loop
-    python tests/bench.py decode    the sampler beside transformers' generate, and what forcing costs
+    python tests/bench.py decode    the sampler beside transformers' generate; what forcing costs
     python tests/bench.py plan      what train.py --plan says of Qwen2.5, with no file at hand
 
 A peer that is not installed is left out, and a line says so. `pip install transformers` (and

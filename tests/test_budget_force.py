@@ -197,7 +197,8 @@ def test_what_is_logged_is_what_the_model_read():
 
 def test_budget_of_a_real_tokenizer(chat):
     made = Budget.of(chat, 5, 1)
-    assert chat.decode(made.close) == "<|im_start|>answer\n" and [chat.decode(w) for w in made.wait] == ["Wait"]
+    assert chat.decode(made.close) == "<|im_start|>answer\n"
+    assert [chat.decode(wait) for wait in made.wait] == ["Wait"]
     assert chat.text("ok\n")[-1] in made.line_ends and chat.text("ok")[-1] not in made.line_ends
     plain = Chat(BASE, thinking="think")            # <think> is no token of this tokenizer
     texts = {chat.decode(end) for end in plain.ends if len(end) > 1}

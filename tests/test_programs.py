@@ -152,7 +152,8 @@ def test_the_recorded_command_makes_the_run_again(run, tiny, tmp_path):
     """Bitwise, on a CPU; and run.json says what else a run depends on."""
     out = tmp_path / "a student"
     trained(run, tiny, out, "--seed", 3)
-    first, said = (out / "model.safetensors").read_bytes(), json.loads((out / "run.json").read_text())
+    first = (out / "model.safetensors").read_bytes()
+    said = json.loads((out / "run.json").read_text())
     python, program, *words = shlex.split(said["command"])
     assert (python, program, said["threads"], said["processes"]) == ("python", "train.py", 1, 1)
     assert said["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]

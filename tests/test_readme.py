@@ -13,7 +13,7 @@ DIFFS = re.findall(r"```diff\n(.*?)```", (ROOT / "README.md").read_text(encoding
 
 @pytest.fixture
 def fork(tmp_path):
-    """fork(k): a copy of the project with the k-th change; then fork.python(program, *arguments)."""
+    """fork(k) is a copy of the project with the k-th change: a function that runs its Python."""
     for path in ROOT.glob("*.py"):
         shutil.copy(path, tmp_path)
     (tmp_path / "k.diff").touch()
@@ -61,7 +61,8 @@ def test_a_task_of_ones_own(fork, tmp_path):
            "assert data.grade('Answer: 5', '5.0')\n")
     (tmp_path / "q.json").write_text(json.dumps(
         [{"question": "Which word is an anagram of drow?", "answer": {"letters": "drow"}}]))
-    python("-c", "import data\nq, = data.load_questions('q.json')\nassert data.grade('Answer: word', q['answer'])")
+    python("-c", "import data\nq, = data.load_questions('q.json')\n"
+           "assert data.grade('Answer: word', q['answer'])")
 
 
 def test_another_way_to_choose(fork, tmp_path):

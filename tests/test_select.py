@@ -1,4 +1,4 @@
-"""What comes in, and what is chosen of it: each rule with a row it takes out and one it does not."""
+"""What comes in, and what is chosen of it: each rule with a row it takes out and one it leaves."""
 import json
 import random
 import sys
@@ -25,10 +25,12 @@ def pairs(*rows):
 
 @pytest.mark.parametrize("row, trace", [
     (a_row(), ("q", "t", "Answer: 5")),
-    ({"question": "q", "solution": "s", "thinking_trajectories": ["t", "u"], "attempt": "a"}, ("q", "t", "a")),
+    ({"question": "q", "solution": "s", "thinking_trajectories": ["t", "u"], "attempt": "a"},
+     ("q", "t", "a")),
     ({"question": "q", "gemini_thinking_trajectory": "g", "gemini_attempt": "ga",
       "deepseek_thinking_trajectory": "d", "deepseek_attempt": "da"}, ("q", "d", "da")),
-    ({"problem": "q", "message_thinking": "t", "message_content": "a", "gtruth_answer": "5"}, ("q", "t", "a")),
+    ({"problem": "q", "message_thinking": "t", "message_content": "a", "gtruth_answer": "5"},
+     ("q", "t", "a")),
     (a_row(answer=" "), "no answer"), (a_row(thinking=None), "no thinking"), ({}, "no question"),
     (a_row(thinking=["", "u"]), "no thinking"), (a_row(question=7), "no question"),
     (a_row(unfit="length"), "unfit (length)")])
@@ -106,7 +108,8 @@ def test_what_went_out_holds_nobody_back():
     ("See the figure below.", "t", "5", "a picture"), ("![](x.png)", "t", "5", "a picture"),
     ("[asy] draw(); [/asy]", "t", "5", "a picture"), ("Plot the graph of f", "t", "5", None),
     ("1. a\n2. b", "t", "5", None), ("2. What is this?", "t", "5", "broken numbering"),
-    ("1. a\n2. b\n1. c", "t", "5", None), ("1. a\n3. b", "t", "5", "broken numbering"), ("3.5 is a number", "t", "5", None)])
+    ("1. a\n2. b\n1. c", "t", "5", None), ("1. a\n3. b", "t", "5", "broken numbering"),
+    ("3.5 is a number", "t", "5", None)])
 def test_quality(question, thinking, answer, why):
     found = quality({}, (question, thinking, answer))
     assert found is None if why is None else found.startswith(why)
@@ -126,7 +129,8 @@ def test_right_by_verdict_grade_or_reference():
                          (a_row(gtruth_answer="5.0"), True), (a_row(gtruth_answer="6"), False),
                          (a_row(solution="so \\boxed{5}"), True), (a_row(), None),
                          (a_row(solution="We see that " * 20), None),
-                         (a_row(answer="(1+2)*3", gtruth_answer={"numbers": [1, 2, 3], "target": 9}), True)):
+                         (a_row(answer="(1+2)*3",
+                                gtruth_answer={"numbers": [1, 2, 3], "target": 9}), True)):
         assert data.right(row, trace_of(row)) is verdict
     assert data.right(a_row(gemini_grade="No"), ("q", "t", "5"), "gemini") is False
 
@@ -138,7 +142,8 @@ def a_pool(n=300, domains=3):
     """Of domain d0 half the rows, of the others the rest; lengths all different."""
     rng = random.Random(0)
     lengths = rng.sample(range(1, 10 * n), n)
-    return pairs(*(a_row(f"q{i}", "t" * length, domain=f"d{max(0, i % (2 * (domains - 1)) - domains + 2)}")
+    return pairs(*(a_row(f"q{i}", "t" * length,
+                         domain=f"d{max(0, i % (2 * (domains - 1)) - domains + 2)}")
                    for i, length in enumerate(lengths)))
 
 
@@ -200,7 +205,8 @@ def test_a_chosen_row_holds_one_trace():
 def test_domains_that_run_out_are_left(tmp_path):
     rows = pairs(a_row("a", domain="x"), *(a_row(f"b{i}", domain="y") for i in range(5)))
     assert len(choose(rows, "s1k", 6, 0)) == 6 and len(choose(rows, "diverse", 9, 0)) == 6
-    assert {row["subject"] for row in choose(pairs(a_row(subject="z")), "s1k", 1, 0, "subject")} == {"z"}
+    chosen = choose(pairs(a_row(subject="z")), "s1k", 1, 0, "subject")
+    assert {row["subject"] for row in chosen} == {"z"}
 
 
 # ---- The commands ---------------------------------------------------------------------------
@@ -226,7 +232,8 @@ def test_select_from_end_to_end(run, tiny, tmp_path):
     assert "difficulty: 58 left; 1 too easy" in printed and "20 by diversity" in printed
     first = (tmp_path / "out.jsonl").read_bytes()
     assert not {easy, rows[1]["question"]} & {
-        json.loads(line)["question"] for line in first.splitlines()} and len(first.splitlines()) == 20
+        json.loads(line)["question"] for line in first.splitlines()}
+    assert len(first.splitlines()) == 20
     code, _, error = run(*command)
     assert code == 2 and "--overwrite" in error and (tmp_path / "out.jsonl").read_bytes() == first
     assert run(*command, "--overwrite")[0] == 0 and (tmp_path / "out.jsonl").read_bytes() == first

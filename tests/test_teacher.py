@@ -377,6 +377,7 @@ def test_no_more_dollars_than_allowed(serve, usage):
     assert done.code == 1 and "stopped before $4.85 is passed" in done.printed
     assert len(done.requests) == len(done.rows) == (5 if usage is USAGE else 4)
     assert ("$4.50 so far, $18.00 expected" in done.error) is (usage is USAGE)
+    assert f"{2500 if usage is USAGE else 0:,} tokens" in done.printed
 
 
 def test_dollars_of_lost_replies_and_earlier_runs_count(serve, monkeypatch):
