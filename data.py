@@ -3,15 +3,15 @@
 In:   files of questions and traces, or the built-in Countdown task with its teacher.
 Out:  training examples as token ids, packed batches, and verdicts on answers.
 
-Map:  Complaints   one clear line for bad input
-      Chat         Qwen's chat text and s1's thinking delimiters as tokens
-      Files        rows of JSON in and out
-      Countdown    the tiny task: questions, and a teacher that thinks in text
-      Answers      find the answer in a text, say whether it is right
-      Asking a teacher   questions to any chat endpoint, traces back, each line kept
-      Choosing     from many traces to a thousand: s1's stages, and the paper's ablations
-      Packing      examples into rows of tokens, the loss mask, the order of an epoch
-      Commands     python data.py show | stats | countdown | teacher | select
+Map:  Complaints        one clear line for bad input
+      Chat              a family's chat text and its delimiters of thinking, as tokens
+      Files             rows of questions and of traces, as others name them
+      Countdown         the tiny task: questions, and a teacher that thinks in text
+      Answers           find the answer in a text, say whether it is right
+      Asking a teacher  questions to any chat endpoint, traces back, each line kept
+      Choosing          from many traces to a thousand: s1's stages, and the paper's ablations
+      Packing           the loss mask, examples in rows of tokens, the order of an epoch
+      Commands          python data.py show | stats | countdown | teacher | select
 """
 import argparse
 import cmath
