@@ -6,14 +6,14 @@ Out:  a table in the terminal; MODEL/eval/ with rows.jsonl (an answer a row), ru
 
 Map:  Budget      lengthens thinking with `Wait` and cuts it short: a `steer` of the sampler.
                   `__call__` forces, `left` counts
-      evaluation  the paper's other methods; a set of questions in one setting: a run.
-                  `Setting.kept` is one run's Control
+      evaluation  the paper's other methods; a set of questions in one setting: a run
       measures    intervals, Control, Scaling, Performance, what a Wait gains
       the report  table and curve
-      the journal outlives a kill, and is where processes meet
+      the journal rows kept through a kill, and shared among processes
       the program
 """
 import contextlib
+import hashlib
 import itertools
 import json
 import math
@@ -43,7 +43,8 @@ class Thought:
     """Where a row stands: what `Budget` keeps in `row.memory`."""
     start: int = 0                      # where thinking begins in row.tokens
     waits: int = 0                      # how often it was made to go on
-    ended: str | None = None            # "natural", "cut" (budget), "context" (room), "repetition"
+    ended: str | None = None            # "natural", "cut" (budget), "context" (room), "repetition";
+                                        # "none" of an answer without thinking
     tokens: int = 0                     # of thinking, once it has ended: sampled, and each `Wait`
     answer: int | None = None           # where the answer begins in row.tokens
     begin: int | None = None            # where what is sampled of it begins
@@ -240,6 +241,8 @@ def settings(args):
                "rejection": [{**limit, "samples": max(args.samples)} for limit in limits]}
     asked = [Setting(method, **run) for method in args.method
              for run in numbers.get(method, limits)]
+    if not asked:
+        raise BadInput("these methods need one of --budgets above 0")
     if args.temperature == 0 and any(setting.samples > 1 for setting in asked):
         raise BadInput("several answers to a question differ only with a --temperature above 0")
     return asked
@@ -459,8 +462,8 @@ def draw_again(paths):
     try:
         print(HEADER, *map(line, runs), sep="\n")
         draw(runs, Path(paths[0]).with_name("curve.png"))
-    except (KeyError, TypeError) as error:
-        raise BadInput(f"no runs.jsonl of an evaluation: {error!r} is missing") from None
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise BadInput(f"no runs.jsonl of an evaluation: {error!r}") from None
 
 
 # ---- The journal ----------------------------------------------------------------------------
@@ -593,7 +596,7 @@ def compare(args):
         load(directory, args)            # complain about the last one now, not after the first
     questions = (load_questions(args.questions, args.seed)[:args.n] if args.questions
                  else countdown_questions(args.part, args.n or 500, args.seed))
-    journal = Journal(draft, identity(args, models), args.overwrite)
+    journal = Journal(draft, identity(args, models, questions), args.overwrite)
     if journal.rank > 0:
         sys.stdout = open(os.devnull, "w")                      # one of them speaks
     print(f"{len(questions)} questions to {args.questions or args.part}, seed {args.seed}\n\n"
@@ -621,12 +624,13 @@ def home(name):
     return (Path(name) if Path(name).is_dir() else Path("out", Path(name).name)) / "eval"
 
 
-def identity(args, models):
-    """All that makes an evaluation this one: its arguments, and the weights."""
+def identity(args, models, questions):
+    """All that makes an evaluation this one: its arguments, its questions, and the weights."""
     weights = [[path.name, path.stat().st_size, path.stat().st_mtime_ns]
                for name in models for path in sorted(Path(local(name)).glob("*.safetensors"))]
     said = {key: value for key, value in vars(args).items() if key not in ("overwrite", "device")}
-    return {**said, "weights": weights}
+    digest = hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:16]
+    return {**said, "asked": digest, "weights": weights}
 
 
 def examine(directory, questions, asked, args, journal):

@@ -316,7 +316,8 @@ def read_rows(name):
     (place, object); BadInput names the place of what is none."""
     path = Path(fetched(str(name), [f"*{end}" for end in ROWS], "dataset"))
     if path.is_dir():
-        paths = sorted(file for file in path.rglob("*") if file.suffix in ROWS)
+        paths = sorted(file for file in path.rglob("*")
+                       if file.suffix in ROWS and file.name != "dataset_infos.json")
         rows = [row for file in paths for row in read_rows(file)]
     else:
         rows = read_parquet(path) if path.suffix == ".parquet" else read_json(path)
@@ -420,7 +421,8 @@ def reference_of(value):
 
 def question_of(row, seed, graded):
     """{"question", "answer"} of a row; BadInput where it has none."""
-    question, answer = (next((row[name] for name in names if row.get(name) is not None), None)
+    row = {name: value for name, value in row.items() if value is not None}     # parquet fills up
+    question, answer = (next((row[name] for name in names if name in row), None)
                         for names in (QUESTION, REFERENCE))
     question = mended(question) if isinstance(question, str) else ""
     answer = reference_of(answer)
@@ -432,8 +434,8 @@ def question_of(row, seed, graded):
         raise BadInput(f"no {'answer' if question.strip() else 'question'}")
     if wrong:
         options = [answer, *wrong]
-        if len(options) > 8:
-            raise BadInput("more than 8 options")
+        if len(options) > 8 or len({option.strip() for option in options}) < len(options):
+            raise BadInput("more than 8 options, or two that are the same")
         random.Random(f"options {seed} {question}").shuffle(options)
         lines = [f"{letter}) {option.strip()}" for letter, option in zip("ABCDEFGH", options)]
         question = "\n".join([question.strip(), "", *lines])
@@ -842,7 +844,7 @@ class Formula:
     evaluated. ValueError, TypeError or ArithmeticError where it is none. Its length, the depth of
     brackets and the size of powers are bounded, and so is the work.
 
-        formula := value {sign value}         sign: LEVELS; none between two values is a *
+        formula := value {sign value}         sign: LEVELS; none is a *, but not of two numbers
         value   := number | letter | +- formula | formula in BRACKETS, in |...| its size
                  | \\frac value value | \\binom value value | \\sqrt [formula] value
                  | \\sin ^value formula        [ ]: it may be missing, as the power of a \\sin may
@@ -874,16 +876,17 @@ class Formula:
         value = self.value(least)
         while self.tokens[-1] not in ENDS:
             sign = self.tokens[-1] if self.tokens[-1] in LEVELS else "*"
-            if NUMBER.match(self.tokens[-1]) and NUMBER.match(self.last):
-                raise ValueError("two numbers side by side")
             if LEVELS[sign] < least:
                 break
+            if NUMBER.match(self.tokens[-1]) and NUMBER.match(self.last):
+                raise ValueError("two numbers side by side")
             if self.tokens[-1] == sign:
                 self.take()
             if sign == "!":
                 value = Fraction(math.factorial(small(value)))
                 continue
             right = self.climb(LEVELS[sign] + 1)
+            self.last = "" if sign == "^" else self.last        # x^2 3 is a product
             if sign in ARITHMETIC:
                 value = ARITHMETIC[sign](value, right)
             else:
@@ -928,7 +931,8 @@ class Formula:
         token = self.tokens[-1]
         if token.isdigit():
             self.tokens[-1:] = [token[1:], token[0]] if token[1:] else [token]
-        return self.value()
+        value, self.last = self.value(), ""                     # as \sqrt2 3 is
+        return value
 
     def bracket(self, opened):
         value, closed = self.climb(0), self.take()
@@ -1525,7 +1529,7 @@ def targets_of(ids, first):
 def best_fit(examples, room):
     """Examples (ids, first) in rows of at most `room` tokens: the longest first, each into the
     fullest row that still has room."""
-    rows = []                                   # of each its tokens, then its examples
+    rows = []                                   # a row: [its tokens, example, example, ...]
     for example in sorted(examples, key=lambda example: -len(example[0])):
         fits = [row for row in rows if row[0] + len(example[0]) <= room]
         row = max(fits, key=lambda row: row[0], default=None)
@@ -1549,7 +1553,7 @@ def deal(examples, tokens_per_batch, processes=1):
         while low < high:                       # the least room with which `most` rows suffice
             room = (low + high) // 2
             low, high = (low, room) if len(best_fit(examples, room)) <= most else (room + 1, high)
-        rows = best_fit(examples, high)
+        rows = sorted(best_fit(examples, high), key=lambda row: -sum(len(ids) for ids, _ in row))
     return rows
 
 
@@ -1588,6 +1592,8 @@ def load_examples(data, chat, n=None, seed=0, give_up=GIVE_UP, ask=(), **how):
     else:
         rows = read_rows(data)
         if "ids" in rows[0][1]:
+            if ask:
+                raise BadInput(f"{data} holds tokens, and no questions for --ask")
             return [(token_ids(place, row, chat), 1) for place, row in rows[:n]]
         traces = load_traces(data, **how)
     if ask:
@@ -1597,9 +1603,9 @@ def load_examples(data, chat, n=None, seed=0, give_up=GIVE_UP, ask=(), **how):
 
 def token_ids(place, row, chat):
     ids, V = row.get("ids"), chat.tokenizer.get_vocab_size()
-    if not isinstance(ids, list) or not ids or any(
+    if not isinstance(ids, list) or len(ids) < 2 or any(
             type(i) is not int or not 0 <= i < V for i in ids):
-        raise BadInput(f"{place}: no list of token ids below {V}")
+        raise BadInput(f"{place}: no list of two or more token ids below {V}")
     return ids
 
 

@@ -10,7 +10,8 @@ Map:  Config        what config.json says, under its own names
       Transformer   one forward for packed training, prefill and ragged decoding; load and save
       Directories   config.json and safetensors files, read with care
 
-Parameter names are Hugging Face's, so a checkpoint loads by one strict `load_state_dict`.
+Parameter names are Hugging Face's, so each tensor of a checkpoint goes to the parameter of its
+name, and one that is missing or left over is refused.
 Shapes in comments: B rows, T tokens of a row, C hidden size, H query heads, K key-value heads,
 D width of a head, L places of the cache, V vocabulary, N supervised tokens.
 """
@@ -328,7 +329,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
     In bf16 each product is rounded before it is summed, and most of a word's gradient comes from
     the few rows it is the target of: these are left out of the product and added in float32. Large
     tensors are made once and used by every chunk, for fresh memory costs more than the arithmetic;
-    and grad_weight grows by a slice of the vocabulary at a time, which stays in the cache.
+    and grad_weight grows by a slice of the vocabulary at a time, small enough for a CPU's cache.
     """
     compiled = False                    # --compile: `softmax_step` as one kernel
 

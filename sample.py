@@ -170,6 +170,7 @@ class Sampler:
         for start in range(0, len(readers), n := max(1, PREFILL // longest)):
             logits += self.read(len(rows) + start, readers[start:start + n])
         for slot, row in enumerate(new, len(rows)):
+            self.cache.filled[slot] = len(row.prompt)               # also of what is copied
             places = [tensor[slot, :, :len(row.prompt)]
                       for tensor in itertools.chain(*self.cache.layers)]
             if row.sample > 0:
@@ -249,18 +250,22 @@ class Printer:
     """Writes a row as it comes: forced text dim and yellow, in [ and ] without colour."""
 
     def __init__(self, chat, colour):
-        self.chat, self.written, self.pending = chat, 0, []
+        self.chat, self.written, self.pending, self.forced = chat, 0, [], False
         self.before, self.after = ("\033[2;33m", "\033[0m") if colour else ("[", "]")
 
-    def write(self, tokens, forced, last=False):
-        """A character may take several tokens: the first of them wait, unless these are the `last`
-        of their kind."""
-        self.pending += tokens
-        text = self.chat.decode(self.pending)
-        if text.endswith("\ufffd") and not last:
-            return
-        self.pending, text = [], escape(text)
-        print(f"{self.before}{text}{self.after}" if forced and text else text, end="", flush=True)
+    def write(self, tokens, forced):
+        """A character may take several tokens: the first of them wait, while what follows is of the
+        same kind."""
+        if forced != self.forced:
+            self.flush()
+        self.pending, self.forced = self.pending + tokens, forced
+        if not self.chat.decode(self.pending).endswith("\ufffd"):
+            self.flush()
+
+    def flush(self):
+        text, self.pending = escape(self.chat.decode(self.pending)), []
+        marked = f"{self.before}{text}{self.after}" if self.forced and text else text
+        print(marked, end="", flush=True)
 
     def catch_up(self, row, end):
         """Write the row's tokens up to `end`, a stretch of sampled or forced ones at a time."""
@@ -268,8 +273,7 @@ class Printer:
             start, forced = self.written, row.forced[self.written]
             while self.written < end and row.forced[self.written] == forced:
                 self.written += 1
-            changes = self.written < len(row.forced) and row.forced[self.written] != forced
-            self.write(row.tokens[start:self.written], forced, last=forced or changes)
+            self.write(row.tokens[start:self.written], forced)
 
 
 def stream(sampler, chat, prompt, shown, steer=None, held=0, colour=None, **options):
@@ -286,10 +290,10 @@ def stream(sampler, chat, prompt, shown, steer=None, held=0, colour=None, **opti
         return instead
 
     if shown:
-        printer.write(prompt[-shown:], True, last=True)
+        printer.write(prompt[-shown:], True)
     row, = sampler.generate([prompt], steer=watch, **options)
     printer.catch_up(row, len(row.tokens))
-    printer.write([], False, last=True)
+    printer.flush()
     print()
     return row
 
@@ -307,7 +311,7 @@ def sampling_flags(add):
         help="draw among those at least this share as likely as the likeliest")
     add("--repeats", type=at_least(0), default=0,
         help="end a row in which 20 tokens came again this many times; 0 lets it")
-    add("--seed", type=int, default=0, help="of the draws, and of which questions are asked")
+    add("--seed", type=int, default=0, help="of the draws, and of how options are shuffled")
     add("--compile", action="store_true",
         help="decode by torch.compile: a minute to begin with, then faster")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
@@ -334,7 +338,7 @@ def ask_all(model, chat, args):
     settings = {**sampling(args), "repeats": args.repeats, "max_new_tokens": args.max_new_tokens}
     asked = [args.model, chat.format, settings, args.direct]
     jobs = {row_key(question["question"], *asked): question
-            for question in load_questions(args.questions, graded=False)}
+            for question in load_questions(args.questions, args.seed, graded=False)}
     file, done = open_traces(args.out)
     keys = [key for key in jobs if key not in done]
     prompts = [chat.prompt(jobs[key]["question"], thinking=not args.direct) for key in keys]

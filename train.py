@@ -178,7 +178,9 @@ def origin(world):
         commit = git("rev-parse", "HEAD") + " and changes" * changed
     except OSError:
         commit = ""                                 # no git on this machine
-    return {"command": shlex.join(["python", "train.py", *sys.argv[1:]]), "processes": world,
+    program = ["torchrun", "--nproc-per-node", str(world), "--"] if world > 1 else ["python"]
+    flags = [flag for flag in sys.argv[1:] if flag != "--resume"]       # the whole run, at once
+    return {"command": shlex.join([*program, "train.py", *flags]), "processes": world,
             "threads": torch.get_num_threads(), "commit": commit or "unknown",
             "versions": {"python": platform.python_version(), **{
                 name: version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}}}
@@ -242,12 +244,14 @@ def learning_rate(step, steps, highest, warmup):
     return highest * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
 
 
-def may_write(out, overwrite):
+def may_write(out, overwrite, resume):
     """BadInput, before the training and not after it, where `out` holds what is not to be lost."""
     if out.exists() and not overwrite:
         raise BadInput(f"{out} is there already: choose another --out, or --overwrite it")
     if out.exists() and not (out / "run.json").is_file():
         raise BadInput(f"{out} holds no run of this program, so it is not overwritten")
+    if any(Path(f"{out}.steps").glob("*")) and not overwrite and not resume:
+        raise BadInput(f"a run that was stopped is in {out}.steps: --resume it, or --overwrite it")
     out.parent.mkdir(parents=True, exist_ok=True)
 
 
@@ -296,7 +300,7 @@ def start(args, config, source, device, world, autocast):
 def train(args):
     out, source = Path(args.out), local(args.model, weights=not args.plan)
     if not args.plan:
-        may_write(out, args.overwrite)
+        may_write(out, args.overwrite, args.resume)
     chat, config = Chat(source, args.chat, args.thinking), read_config(source)
     chat.refuse_more_than(config.vocab_size)
 
@@ -348,7 +352,7 @@ def train(args):
 
         loss, norm = loss.item(), norm.item()       # waits for the device
         metrics.append({"step": step, "loss": loss, "lr": group["lr"], "grad_norm": norm,
-                        "rows": len(rows), "places": places(rows, world),
+                        "room": len(rows) * args.tokens_per_batch, "places": places(rows, world),
                         "memory_bytes": memory(kind),
                         **speed(batch, time.perf_counter() - began, config, args, world)})
         tqdm.write(line(metrics[-1], steps))        # above the bar
@@ -404,7 +408,8 @@ def lengths_of(rows):
 
 
 def places(lengths, world):
-    """The tokens that all processes could have computed while the longest row of each round was."""
+    """What all processes could have computed in the time: of each round the longest row's tokens,
+    times the processes."""
     return world * sum(max(lengths[i:i + world]) for i in range(0, len(lengths), world))
 
 
@@ -428,13 +433,12 @@ def line(row, steps):
 def summarise(args, metrics, world):
     """What the run took and came to; the last loss is the mean of the last twentieth of it."""
     total = {key: sum(row[key] for row in metrics)
-             for key in ("tokens", "rows", "places", "flops", "seconds")}
+             for key in ("tokens", "room", "places", "flops", "seconds")}
     hours, last = total["seconds"] * world / 3600, metrics[-max(1, len(metrics) // 20):]
-    if world > 1:
-        print(f"devices {100 * total['tokens'] / total['places']:.1f}% busy: the rest of the time "
-              "they wait for the longest row")
-    print(f"rows {100 * total['tokens'] / total['rows'] / args.tokens_per_batch:.1f}% full; "
-          f"{total['flops']:.3g} FLOPs, {hours:.3f} device-hours"
+    busy, full = (100 * total["tokens"] / total[key] for key in ("places", "room"))
+    print((f"rows {full:.1f}% full" if world == 1 else f"devices {busy:.1f}% busy, the rest of the "
+           "time they wait for the longest row") +
+          f"; {total['flops']:.3g} FLOPs, {hours:.3f} device-hours"
           + (f", {hours * args.usd_per_hour:.2f} dollars" if args.usd_per_hour else ""))
     print(f"{len(metrics)} steps, {total['tokens']:,} tokens in {total['seconds']:.0f} s "
           f"({total['tokens'] / total['seconds']:,.0f} a second), loss {metrics[0]['loss']:.3f} -> "
@@ -470,14 +474,14 @@ def cost_flags(add):
 
 def plan(args, config, examples, steps):
     """Print memory, time and price of the run on the machine that the flags describe. It takes the
-    devices to be as busy as --mfu says, those included that wait for the longest row."""
+    --mfu to be the share of all devices' peak, their waiting for the longest row included."""
     if not args.device_tflops:
         raise BadInput("--plan needs --device-tflops for the time")
     with torch.device("meta"):
         model = Transformer(config)
     parameters = sum(p.numel() for p in model.parameters())
     block = sum(p.numel() for p in model.model.layers[0].parameters())
-    C, T = config.hidden_size, args.tokens_per_batch
+    C, T, head = config.hidden_size, args.tokens_per_batch, config.hidden_size * config.vocab_size
     # What a block keeps for backward, a token, in bf16. Of width C: its input, what follows the
     # attention, and each norm's rows before and after they are scaled; q, k, v and the attention's
     # output; gate, its silu, up and their product. With --recompute the input alone, and one
@@ -487,10 +491,11 @@ def plan(args, config, examples, steps):
     layers = config.num_hidden_layers
     activations = {False: T * layers * kept, True: T * (layers * 2 * C + kept)}
     parts = {"weights, gradients and AdamW, float32": 16 * parameters / args.devices,
-             "two gathered blocks and the head, bf16": 2 * (2 * block + 2 * C * config.vocab_size)
-             if args.devices > 1 else 2 * C * config.vocab_size,
+             "the head, bf16": 2 * head,
              "activations": activations[args.recompute],
-             "gradient of the head, float32": 4 * C * config.vocab_size}
+             "gradient of the head, float32": 4 * head}
+    if args.devices > 1:
+        parts["the embedding and two blocks gathered, bf16"] = 2 * (head + 2 * block)
     need, room = sum(parts.values()), args.device_memory_gb * 1e9
     print(f"{parameters:,} parameters; memory of each of {args.devices} devices:")
     for name, size in parts.items():

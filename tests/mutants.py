@@ -170,6 +170,9 @@ MUTANTS = [
      'if NUMBER.match(self.tokens[-1]) and NUMBER.match(self.last):', 'if False:'),
     ('a tokenizer larger than its model', 'data.py', PROGRAMS,
      'if (size := self.tokenizer.get_vocab_size()) > vocab_size:', 'if False:'),
+    ('columns of nothing count', 'data.py', 'tests/test_fuzz.py',
+     'for name, value in row.items() if value is not None}     # parquet',
+     'for name, value in row.items()}     # parquet'),
     # train.py
     ('a mean of means', 'train.py', TRAIN,
      '(loss / supervised * world).backward()',
@@ -196,7 +199,7 @@ MUTANTS = [
     ('a checkpoint in place', 'train.py', TRAIN,
      'final.with_name(final.name + ".draft") if', 'final if'),
     ('the recorded command lacks a flag', 'train.py', PROGRAMS,
-     '*sys.argv[1:]])', '*sys.argv[1:-2]])'),
+     'for flag in sys.argv[1:] if', 'for flag in sys.argv[1:-2] if'),
     ('--recompute is not heard', 'train.py', TRAIN,
      '        model.recompute = args.recompute\n', ''),
     ('--save-dtype is not heard', 'train.py', TRAIN,
@@ -205,6 +208,8 @@ MUTANTS = [
      '+ 6 * L * H * D * sum(', '+ 12 * L * H * D * sum('),
     ('the plan always fits', 'train.py', TRAIN,
      "{'fits' if need <= room else 'does not fit'}", 'fits'),
+    ('a stopped run is begun anew', 'train.py', TRAIN,
+     'and not overwrite and not resume:', 'and False:'),
     ('Ctrl-C stops one process', 'train.py', TRAIN,
      'stopping = anyone(bool(stop), world, device)', 'stopping = bool(stop)'),
     # sample.py
@@ -229,6 +234,8 @@ MUTANTS = [
      'return "repetition" if repeats and row.repeats(repeats) else None', 'return None'),
     ('a round too many', 'sample.py', SAMPLE,
      'self.seen[run] >= times > 0', 'self.seen[run] > times > 0'),
+    ('a copied reading fills nothing', 'sample.py', SAMPLE,
+     '            self.cache.filled[slot] = len(row.prompt)', '            pass'),
     # budget_force.py
     ('the budget off by one', 'budget_force.py', FORCE,
      '        if left <= 0:', '        if left <= -1:'),

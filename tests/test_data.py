@@ -215,7 +215,7 @@ GRADING = [json.loads(line) for line in (Path(__file__).parent / "grading.jsonl"
 
 @pytest.mark.parametrize("case", GRADING, ids=lambda case: case["answer"])
 def test_grade_the_labelled_cases(case):
-    """515 answers, half of them near misses that must be graded wrong."""
+    """523 answers, half of them near misses that must be graded wrong."""
     for verdict in ("right", "wrong"):
         for found in case[verdict]:
             assert equal(found, case["answer"]) is (verdict == "right"), found

@@ -103,11 +103,21 @@ def test_numbers_of_thousands_of_digits_are_named_by_their_line(tmp_path):
     ({"question": "q", "solution": "so \\boxed{5"}, "no answer"),
     ({"question": "q", "Incorrect Answer 1": "b"}, "no answer"),
     ({"question": "q", "Correct Answer": "a"} | {f"Incorrect Answer {i}": "b" for i in range(8)},
-     "8 options")])
+     "8 options"),
+    ({"question": "q", "Correct Answer": "2", "Incorrect Answer 1": "2 "}, "the same")])
 def test_questions_that_cannot_be_graded_are_named(tmp_path, row, said):
     (tmp_path / "q.jsonl").write_text(json.dumps(row))
     with pytest.raises(BadInput, match=f"line 1: .*{said}"):
         load_questions(tmp_path / "q.jsonl", graded="Incorrect Answer 1" not in row)
+
+
+def test_a_column_of_nothing_is_no_column(tmp_path):
+    """A table of several sources has every column in every row."""
+    rows = [{"question": "q", "answer": None, "solution": "so \\boxed{5}."},
+            {"problem": "1+1?", "answer": "2", "Incorrect Answer 1": None}]
+    (tmp_path / "q.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    assert load_questions(tmp_path / "q.jsonl") == [
+        {"question": "q", "answer": "5"}, {"question": "1+1?", "answer": "2"}]
 
 
 def test_half_a_surrogate_pair_is_mended(tmp_path):

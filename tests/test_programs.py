@@ -129,9 +129,9 @@ def test_pretraining_from_scratch_and_traces_of_another_tool(run, tiny, tmp_path
     trained(run, tiny, tmp_path / "a", "--scratch", "--data", tmp_path / "base.jsonl")
     assert data.load_examples(tmp_path / "base.jsonl", chat, 7) == [
         (json.loads(row)["ids"], 1) for row in rows[:7]]
-    (tmp_path / "bad.jsonl").write_text('{"ids": [1]}\n{"ids": [1, 99999]}\n')
+    (tmp_path / "bad.jsonl").write_text('{"ids": [1, 2]}\n{"ids": [1, 99999]}\n')
     code, _, error = run("train", "--model", tiny, "--data", tmp_path / "bad.jsonl")
-    assert code == 2 and "line 2: no list of token ids below 1347" in error
+    assert code == 2 and "line 2: no list of two or more token ids below 1347" in error
     (tmp_path / "r1.json").write_text(json.dumps(
         [{"problem": "1+1?", "message_thinking": "Okay, so 1+1. " * 9,
           "message_content": r"\boxed{2}"}]))
@@ -221,6 +221,19 @@ def test_a_killed_evaluation_of_two_models_goes_on(run, tiny, tmp_path, monkeypa
     assert run(*command)[0] == 0 and (models[1] / "eval").exists()
     code, _, error = run(*command)
     assert code == 2 and "already holds an evaluation" in error
+
+
+def test_an_evaluation_goes_on_with_its_own_questions(run, tiny, tmp_path, monkeypatch):
+    model, asked = shutil.copytree(tiny, tmp_path / "a"), tmp_path / "q.jsonl"
+    asked.write_text('{"question": "1+1?", "answer": "2"}\n')
+    command = ["budget_force", "--model", model, "--base=", "--questions", asked, "--budgets", 4,
+               "--waits", 0]
+    with monkeypatch.context() as patch:
+        patch.setattr(budget_force, "write", lambda *_: sys.exit(130))
+        assert run(*command)[0] == 130
+    asked.write_text('{"question": "1+2?", "answer": "3"}\n')
+    code, _, error = run(*command)
+    assert code == 2 and "other arguments" in error
 
 
 def test_a_killed_evaluation_goes_on(run, tiny, tmp_path):
@@ -428,6 +441,17 @@ def test_streaming_shows_forced_apart(run, tiny):
     assert "3 thinking tokens, 0 Wait, ended: cut" in printed
 
 
+def test_half_a_character_that_was_drawn_is_not_shown_as_forced(chat, capsys):
+    half = chat.text("é")[:1]
+    printer = sample.Printer(chat, colour=False)
+    printer.write(half, False)
+    assert capsys.readouterr().out == ""
+    printer.write(chat.text("Wait"), True)
+    printer.write(half, False)
+    printer.flush()
+    assert capsys.readouterr().out == "\ufffd[Wait]\ufffd"
+
+
 def test_show_marks_what_is_supervised(run):
     code, printed, _ = run("data", "show", "--n", 1)
     assert code == 0 and "<|im_start|>assistant\n[<|im_start|>think\n" in printed
@@ -475,6 +499,9 @@ def test_a_closed_pipe_is_no_complaint():
     ("budget_force {long} --model {tiny} --max-length 64", "do not fit"),
     ("budget_force --model {tiny} --base= --n 2 --method majority", "--temperature above 0"),
     ("budget_force --draw {tmp}/unanswered", "no runs.jsonl"),
+    ("budget_force --model {tiny} --base= --method tokens --budgets -1", "--budgets above 0"),
+    ("train --data {tmp}/one.jsonl", "two or more token ids"),
+    ("train --data {tmp}/two.jsonl --ask tokens", "no questions for --ask"),
     ("train --mfu 0 --plan", "at least 0.001"), ("train --clip 0", "at least 1e-09"),
     ("train --plan", "--device-tflops"), ("train --model {small}", "1347 tokens, and the model 64"),
     ("train --data {tmp}/prose --ask steps", "no steps to ask for"),
@@ -485,6 +512,8 @@ def test_bad_input_gets_one_line_and_exit_code_2(run, tiny, tmp_path, command, c
         '{"question": "q", "thinking": "t", "answer": "a"}\n{"question": ')
     (tmp_path / "unanswered").write_text('{"question": "q", "thinking": "t"}')
     (tmp_path / "prose").write_text('{"question": "q", "thinking": "t", "answer": "a"}\n' * 2)
+    (tmp_path / "one.jsonl").write_text('{"ids": [1]}')
+    (tmp_path / "two.jsonl").write_text('{"ids": [1, 2]}')
     (tmp_path / "full").mkdir()
     (tmp_path / "file").write_text("x")
     small = shutil.copytree(tiny, tmp_path / "small")

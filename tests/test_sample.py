@@ -176,6 +176,17 @@ def test_samples_of_a_prompt_share_one_prefill():
             assert row.tokens == greedy(sampler.model, row.prompt, 5)
 
 
+def test_samples_that_copy_a_reading_say_the_same_in_any_slots():
+    """Some end, and others are moved into their slots, before these have taken a single step."""
+    found = []
+    for slots in (1, 6):
+        rows = Sampler(tiny_model(), slots, 40).generate(
+            [[1 + i] * (2 + 3 * i % 7) for i in range(20)], samples=4, max_new_tokens=20,
+            stops=set(range(24)), temperature=1.0)
+        found.append({(row.index, row.sample): row.tokens for row in rows})
+    assert found[0] == found[1] and len(found[0]) == 80
+
+
 def test_withdrawn_tokens_are_as_if_they_had_never_been():
     """Twice a row's last three tokens are taken back for two others; what follows knows only
     those."""

@@ -264,6 +264,16 @@ def test_ctrl_c_saves_and_resume_is_bitwise(run, tiny, tmp_path, monkeypatch, st
     assert not (tmp_path / "parts.steps").exists()
 
 
+def test_a_stopped_run_is_not_begun_anew_by_mistake(run, tiny, tmp_path, monkeypatch):
+    interrupt(monkeypatch, 1)
+    assert run("train", *command(tiny, tmp_path / "a"))[0] == 130
+    code, _, error = run("train", *command(tiny, tmp_path / "a"))
+    assert code == 2 and "a.steps" in error and (tmp_path / "a.steps" / "00000002").exists()
+    assert run("train", *command(tiny, tmp_path / "a", "--resume"))[0] == 0
+    said = json.loads((tmp_path / "a" / "run.json").read_text())["command"]
+    assert said.startswith("python train.py") and "--resume" not in said
+
+
 def test_ctrl_c_to_one_of_two_processes_stops_both(tiny, tmp_path, monkeypatch):
     """The other may be on another machine, where no terminal reaches it."""
     whole, arguments = train.line, command(tiny, tmp_path / "a", "--tokens-per-batch", 400)
@@ -284,6 +294,8 @@ def test_ctrl_c_to_one_of_two_processes_stops_both(tiny, tmp_path, monkeypatch):
     monkeypatch.undo()
     two(lambda: call(*arguments, "--resume"))
     assert len(losses(tmp_path / "a")) == 6
+    said = json.loads((tmp_path / "a" / "run.json").read_text())["command"]
+    assert said.startswith("torchrun --nproc-per-node 2 -- train.py")
 
 
 def test_checkpoints_come_when_asked_for_and_the_newest_stays(run, tiny, tmp_path, monkeypatch):
@@ -466,5 +478,5 @@ def test_every_step_is_a_line_and_a_row_and_the_end_tells_the_cost(run, tiny, tm
     spent = sum(row["seconds"] for row in rows)
     assert f"{2 * spent:.2f} dollars" in printed
     assert f"{sum(row['flops'] for row in rows):.3g} FLOPs" in printed
-    share = sum(row["tokens"] for row in rows) / sum(row["rows"] for row in rows) / 8192
+    share = sum(row["tokens"] for row in rows) / sum(row["room"] for row in rows)
     assert f"rows {100 * share:.1f}% full" in printed
