@@ -13,7 +13,6 @@ Map:  Budget      lengthens thinking with `Wait` and cuts it short: a `steer` of
       the program
 """
 import contextlib
-import hashlib
 import itertools
 import json
 import math
@@ -31,7 +30,7 @@ from torch import distributed
 from tqdm import tqdm
 
 from data import (SHORT, BadInput, Parser, ask_for, at_least, complaints, countdown_questions,
-                  extract, grade, load_questions, local, model_flags, read_rows)
+                  extract, grade, load_questions, local, model_flags, read_rows, row_key)
 from model import BadModel
 from sample import Sampler, load, sampling, sampling_flags, stream
 
@@ -238,7 +237,7 @@ def settings(args):
     numbers = {"budget": [*({"max_thinking": n} for n in args.budgets),
                           *({"waits": n} for n in args.waits if n)],
                "class": [{"max_thinking": SHORT}, {}], "majority": samples, "coverage": samples,
-               "rejection": [{**limit, "samples": max(args.samples)} for limit in limits]}
+               "rejection": [{**limit, "samples": args.tries} for limit in limits]}
     asked = [Setting(method, **run) for method in args.method
              for run in numbers.get(method, limits)]
     if not asked:
@@ -543,7 +542,8 @@ def arguments():
         help="share of a budget by which thinking may pass it to finish its line")
     add("--max-answer", type=at_least(1), default=32, help="tokens of the answer")
     add("--samples", type=at_least(1), nargs="+", default=[1, 2, 4, 8],
-        help="answers to a question, for majority and coverage; rejection draws the largest number")
+        help="answers to a question, for majority and coverage")
+    add("--tries", type=at_least(1), default=8, help="for rejection: answers drawn at most")
     add("--step-tokens", type=at_least(1), default=40, help="for steps: tokens that one counts")
     add("--questions", help="file of questions and answers (default: Countdown's)")
     add("--part", choices=("test", "tune"), default="test", help="Countdown: held out, or to tune")
@@ -629,8 +629,7 @@ def identity(args, models, questions):
     weights = [[path.name, path.stat().st_size, path.stat().st_mtime_ns]
                for name in models for path in sorted(Path(local(name)).glob("*.safetensors"))]
     said = {key: value for key, value in vars(args).items() if key not in ("overwrite", "device")}
-    digest = hashlib.sha256(json.dumps(questions).encode()).hexdigest()[:16]
-    return {**said, "asked": digest, "weights": weights}
+    return {**said, "asked": row_key(questions), "weights": weights}
 
 
 def examine(directory, questions, asked, args, journal):

@@ -19,6 +19,7 @@ import contextlib
 import email.utils
 import hashlib
 import http.client
+import ipaddress
 import itertools
 import json
 import math
@@ -384,11 +385,12 @@ def trace_of(row, teacher="deepseek"):
     return tuple(trace)
 
 
-def usable_rows(path, teacher="deepseek", verbose=False):
-    """[(row, its trace)] of the rows that can be trained on. The others are counted on standard
-    error, by reason, and named if `verbose`. BadInput where none is left."""
+def usable_rows(path, teacher="deepseek", verbose=False, rows=None):
+    """[(row, its trace)] of the rows that can be trained on; `rows` is what read_rows gave, where
+    that was asked already. The others are counted on standard error, by reason, and named if
+    `verbose`. BadInput where none is left."""
     reasons, kept, first = Counter(), [], None
-    for place, row in read_rows(path):
+    for place, row in rows or read_rows(path):
         trace = trace_of(row, teacher)
         if isinstance(trace, tuple):
             kept.append((row, trace))
@@ -406,9 +408,9 @@ def usable_rows(path, teacher="deepseek", verbose=False):
     return kept
 
 
-def load_traces(path, teacher="deepseek", verbose=False):
+def load_traces(path, **how):
     """(question, thinking, answer) strings of a file's rows, as `usable_rows` says."""
-    return [trace for _, trace in usable_rows(path, teacher, verbose)]
+    return [trace for _, trace in usable_rows(path, **how)]
 
 
 def reference_of(value):
@@ -1038,7 +1040,9 @@ def teacher_url(base, plain=False):
     if not form or int(form[1] or 0) > 65535:
         raise BadInput("--base-url: not of the form https://host:port/path")
     url = urllib.parse.urlsplit(base + "/chat/completions")
-    loopback = re.fullmatch(r"localhost|127(\.\d{1,3}){3}", url.hostname)
+    loopback = url.hostname == "localhost"
+    with contextlib.suppress(ValueError):       # a name
+        loopback = loopback or ipaddress.ip_address(url.hostname).is_loopback
     if url.scheme == "http" and not loopback and not plain:
         raise BadInput("--base-url: key and questions would go unencrypted (--allow-http)")
     return url
@@ -1526,6 +1530,10 @@ def targets_of(ids, first):
     return [-100] * (first - 1) + ids[first:] + [-100]
 
 
+def tokens_in(examples):
+    return sum(len(ids) for ids, _ in examples)
+
+
 def best_fit(examples, room):
     """Examples (ids, first) in rows of at most `room` tokens: the longest first, each into the
     fullest row that still has room."""
@@ -1549,11 +1557,11 @@ def deal(examples, tokens_per_batch, processes=1):
     rows = best_fit(examples, tokens_per_batch)
     if processes > 1:
         most = -(-len(rows) // processes) * processes
-        low, high = -(-sum(len(ids) for ids, _ in examples) // most), tokens_per_batch
+        low, high = -(-tokens_in(examples) // most), tokens_per_batch
         while low < high:                       # the least room with which `most` rows suffice
             room = (low + high) // 2
             low, high = (low, room) if len(best_fit(examples, room)) <= most else (room + 1, high)
-        rows = sorted(best_fit(examples, high), key=lambda row: -sum(len(ids) for ids, _ in row))
+        rows = sorted(best_fit(examples, high), key=tokens_in, reverse=True)
     return rows
 
 
@@ -1594,18 +1602,20 @@ def load_examples(data, chat, n=None, seed=0, give_up=GIVE_UP, ask=(), **how):
         if "ids" in rows[0][1]:
             if ask:
                 raise BadInput(f"{data} holds tokens, and no questions for --ask")
-            return [(token_ids(place, row, chat), 1) for place, row in rows[:n]]
-        traces = load_traces(data, **how)
+            size = chat.tokenizer.get_vocab_size()
+            return [(token_ids(place, row, size), 1) for place, row in rows[:n]]
+        traces = load_traces(data, rows=rows, **how)
     if ask:
         traces = list(ask_for_lengths(traces, chat, ask))
     return [chat.example(*trace) for trace in traces[:n]]
 
 
-def token_ids(place, row, chat):
-    ids, V = row.get("ids"), chat.tokenizer.get_vocab_size()
+def token_ids(place, row, size):
+    """The ids of a row; BadInput where they are none of a vocabulary of that size."""
+    ids = row.get("ids")
     if not isinstance(ids, list) or len(ids) < 2 or any(
-            type(i) is not int or not 0 <= i < V for i in ids):
-        raise BadInput(f"{place}: no list of two or more token ids below {V}")
+            type(i) is not int or not 0 <= i < size for i in ids):
+        raise BadInput(f"{place}: no list of two or more token ids below {size}")
     return ids
 
 

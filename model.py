@@ -39,8 +39,8 @@ class BadModel(ValueError):
 # How the families differ: biases on q, k and v; norms on each head of q and k; the width of a head
 # where config.json is silent (None: hidden_size / num_attention_heads).
 ARCHITECTURES = {"qwen2": {"qkv_bias": True, "qk_norm": False, "head_dim": None},
-            "qwen3": {"qkv_bias": False, "qk_norm": True, "head_dim": 128},
-            "llama": {"qkv_bias": False, "qk_norm": False, "head_dim": None}}
+                 "qwen3": {"qkv_bias": False, "qk_norm": True, "head_dim": 128},
+                 "llama": {"qkv_bias": False, "qk_norm": False, "head_dim": None}}
 # Beyond these a number is broken, not large: no machine's integer, or nothing to be built.
 HIGHEST, MOST_LAYERS, LARGEST_MATRIX = 1e18, 512, 2**40
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
@@ -305,7 +305,7 @@ def softmax_step(logits, targets, room=None):
     # log Z = max - log p_max, for p_max = exp(max) / Z; it is never below 1/V.
     loss = (top - p.amax(1).log() - wanted).sum()
     lacking = p.gather(1, t) - 1
-    # By index, here and below: on a CPU scatter_ costs a third more of the whole pass, and a copy.
+    # By index, here and below: scatter_ copies on a CPU, and the whole pass is half as slow again.
     logits.copy_(p)[torch.arange(len(t), device=t.device), targets] = lacking[:, 0].to(logits.dtype)
     return loss, lacking
 

@@ -215,8 +215,7 @@ def compile_step(model):
         from torch._inductor import config          # Dynamo does not see `options`
         config.freezing = config.max_autotune = True
         config.autotune_num_choices_displayed = 0
-        if hasattr(config, "max_autotune_report_choices_stats"):        # not in torch 2.6
-            config.max_autotune_report_choices_stats = False
+        config.max_autotune_report_choices_stats = False
     shapes.use_duck_shape = False                   # two sizes that agree once need not do so again
     return torch.compile(model.logits, dynamic=True)
 

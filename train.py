@@ -38,7 +38,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 from data import (GIVE_UP, KINDS, BadInput, Chat, Parser, at_least, complaints, deal,
-                  epoch_batches, load_examples, local, model_flags, pack, trace_flags)
+                  epoch_batches, load_examples, local, model_flags, pack, tokens_in, trace_flags)
 from model import BadModel, Transformer, put, read_config, whole
 
 
@@ -215,7 +215,7 @@ def gradients(model, batch, tokens_per_batch, device, autocast=False, rank=0, wo
         total += loss.detach() / supervised
     if world > 1:
         torch.distributed.all_reduce(total)
-    return total, lengths_of(rows)
+    return total, [tokens_in(row) for row in rows]
 
 
 def share(model, kind, world, autocast):
@@ -268,7 +268,7 @@ def read_examples(args, chat, config):
     if not kept:
         raise BadInput(f"all {len(examples)} examples are longer than {longest} tokens")
     steps = args.epochs * math.ceil(len(kept) / args.batch_size)
-    print(f"{len(kept):,} examples, {sum(len(ids) for ids, _ in kept):,} tokens a pass, "
+    print(f"{len(kept):,} examples, {tokens_in(kept):,} tokens a pass, "
           f"{len(examples) - len(kept)} dropped as longer than {longest:,}", flush=True)
     return kept, min(steps, args.max_steps or steps)
 
@@ -403,10 +403,6 @@ def speed(batch, seconds, config, args, world):
             "flops": cost, "mfu": cost / seconds / peak if peak else None}
 
 
-def lengths_of(rows):
-    return [sum(len(ids) for ids, _ in row) for row in rows]
-
-
 def places(lengths, world):
     """What all processes could have computed in the time: of each round the longest row's tokens,
     times the processes."""
@@ -508,11 +504,11 @@ def plan(args, config, examples, steps):
           f"it {'fits' if need <= room else 'does not fit'}{advice}")
     count = min(steps * args.batch_size, args.epochs * len(examples))
     share = count / len(examples)
-    tokens = share * sum(len(ids) for ids, _ in examples)
+    tokens = share * tokens_in(examples)
     total = share * sum(flops(config, [len(ids)], len(ids) - first) for ids, first in examples)
     print(f"{steps:,} steps, {tokens:,.0f} tokens, {total:.3g} FLOPs")
     if args.devices > 1:
-        batches = [lengths_of(deal(batch, T, args.devices))
+        batches = [[tokens_in(row) for row in deal(batch, T, args.devices)]
                    for batch in epoch_batches(examples, args.batch_size, args.seed, 0)]
         busy = sum(map(sum, batches)) / sum(places(rows, args.devices) for rows in batches)
         print(f"devices {100 * busy:.1f}% busy: the rest of the time they wait for the longest row")

@@ -250,7 +250,8 @@ def target_rows(rng, room):
                 raise AssertionError("a question without a verdict") from error
 
     def as_traces():
-        for trace in data.load_traces(path, rng.choice(data.TEACHERS), rng.random() < 0.5):
+        for trace in data.load_traces(path, teacher=rng.choice(data.TEACHERS),
+                                      verbose=rng.random() < 0.5):
             json.dumps(trace, ensure_ascii=False).encode()
 
     def chosen(pool, held, verdicts):

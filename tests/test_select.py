@@ -59,6 +59,12 @@ def test_a_directory_of_a_hub_dataset_is_all_its_files(tmp_path):
     assert [trace[0] for _, trace in usable_rows(tmp_path / "data")] == ["a", "b"]
 
 
+def test_a_datasets_own_description_is_no_row(tmp_path):
+    (tmp_path / "dataset_infos.json").write_text('{\n "default": {}\n}')
+    (tmp_path / "rows.jsonl").write_text(json.dumps(a_row("a")))
+    assert [trace[0] for _, trace in usable_rows(tmp_path)] == ["a"]
+
+
 def test_parquet_without_pyarrow_is_one_line(tmp_path, run, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "x.parquet").write_bytes(b"PAR1")

@@ -346,6 +346,7 @@ def test_the_key_is_shown_nowhere(serve, monkeypatch):
     ("--base-url https://example.com/v1?key=1", "form"),
     ("--base-url http://localhost:99999", "port"), ("--questions none", "No such file"),
     ("--base-url http://127.0.0.1.example.com", "unencrypted"),
+    ("--base-url http://127.999.0.1", "unencrypted"),
     ("--body [1]", "--body"), ("--body {", "no JSON"), ('--body {"n":2}', "--body"),
     ("--workers 0", "at least 1"), ("--max-usd 1", "--usd-in"), ("--deadline x", "invalid"),
     ("--out q.jsonl", "no row of a teacher"), ("--out none/none", "No such file")])

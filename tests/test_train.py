@@ -20,8 +20,9 @@ from conftest import tiny_model
 from torch.utils.flop_counter import FlopCounterMode
 
 import train
-from data import BadInput, deal
-from model import Block, Config, FusedLinearCrossEntropy, Transformer
+from bench import QWEN, S1
+from data import BadInput, deal, tokens_in
+from model import Block, FusedLinearCrossEntropy, Transformer
 
 
 def forked(function, **environment):
@@ -207,7 +208,7 @@ def test_rows_are_full():
     assert 4000 < sum(lengths) / 1000 < 5400
     rows = deal([([0] * T, 1) for T in lengths], 32768)
     assert sorted(len(ids) for row in rows for ids, _ in row) == sorted(lengths)
-    assert all(length <= 32768 for length in train.lengths_of(rows))
+    assert all(tokens_in(row) <= 32768 for row in rows)
     assert sum(lengths) / (32768 * len(rows)) >= 0.95
 
 
@@ -219,7 +220,7 @@ def test_processes_share_a_steps_tokens_evenly():
         for _ in range(20):
             batch = [([0] * min(30000, round(rng.lognormvariate(8.25, 0.62))), 1)
                      for _ in range(16)]
-            rows = train.lengths_of(deal(batch, 32768, world))
+            rows = [tokens_in(row) for row in deal(batch, 32768, world)]
             assert sum(rows) == sum(len(ids) for ids, _ in batch) and max(rows) <= 32768
             assert len(rows) <= -(-len(deal(batch, 32768)) // world) * world
             used, taken = used + sum(rows), taken + train.places(rows, world)
@@ -424,25 +425,23 @@ def test_flops_are_those_that_pytorch_counts():
     assert two - train.flops(c, [40], 0) == pytest.approx(-attention * (1 - (100 + 900) / 1600))
 
 
-PLAN = dict(devices=16, device_tflops=989, device_memory_gb=80, mfu=0.2, usd_per_hour=2,
-            epochs=5, batch_size=16, tokens_per_batch=32768, recompute=True, seed=0)
+PLAN = vars(S1) | {"devices": 16}
 
 
 def test_the_plan_of_s1_takes_26_minutes(capsys):
-    config = Config(152064, 5120, 27648, 64, 40, 8)         # Qwen2.5-32B's
     examples = [([0] * 4700, 300)] * 1000
-    train.plan(SimpleNamespace(**PLAN), config, examples, 315)
+    train.plan(SimpleNamespace(**PLAN), QWEN["32B"][1], examples, 315)
     printed = capsys.readouterr().out
     minutes = float(printed.split(" minutes")[0].split("\n")[-1])
     assert 26 * 0.85 < minutes < 26 * 1.15
     assert "32,76" in printed and "315 steps, 23,500,000 tokens" in printed
-    assert f"{16 * minutes / 60:.2f} device-hours" in printed or "device-hours" in printed
+    hours = float(printed.split(" device-hours")[0].split()[-1])
+    assert hours == pytest.approx(16 * minutes / 60, abs=0.02)         # minutes have one digit
     assert "it fits" in printed and "devices 99.2% busy" in printed     # 1,000 are 62.5 times 16
 
 
 def test_the_plan_says_what_would_make_it_fit(capsys):
-    config = Config(152064, 3584, 18944, 28, 28, 4)         # Qwen2.5-7B's
-    examples = [([0] * 4700, 300)] * 100
+    config, examples = QWEN["7B"][1], [([0] * 4700, 300)] * 100
     train.plan(SimpleNamespace(**{**PLAN, "recompute": False, "devices": 8,
                                   "device_memory_gb": 40}), config, examples, 10)
     assert "does not fit: --recompute makes it fit" in capsys.readouterr().out
