@@ -1,137 +1,84 @@
-"""The transformer: tensors in, tensors out; it knows no text.
+"""A decoder-only transformer (Qwen2, Qwen3, Llama) with Hugging Face's parameter names.
 
-In:   token ids (B, T), and a directory of weights in the Hugging Face layout.
-Out:  logits, or the summed loss of the supervised tokens; and the same directory layout back.
-
-Map:  Config        what config.json says, under its own names
-      the pieces    RMSNorm, rotary positions, Attention, MLP, Block
-      KVCache       the keys and values of rows that are being sampled
-      the loss      linear layer and cross-entropy in one pass, never the whole logits
-      Transformer   one forward for packed training, prefill and ragged decoding; load and save
-      Directories   config.json and safetensors files, read with care
-
-Parameter names are Hugging Face's, so each tensor of a checkpoint goes to the parameter of its
-name, and one that is missing or left over is refused.
 Shapes in comments: B rows, T tokens of a row, C hidden size, H query heads, K key-value heads,
-D width of a head, L places of the cache, V vocabulary, N supervised tokens.
+D head size, S cache slots, L cache positions, V vocabulary, N supervised tokens.
 """
-import itertools
 import json
-import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 
-import safetensors
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from torch import nn
+from huggingface_hub import save_torch_state_dict
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
-
-class BadModel(ValueError):
-    """A model's directory that cannot be used; the message is one line for a person."""
-
-
-# ---- Config ---------------------------------------------------------------------------------
-
-# How the families differ: biases on q, k and v; norms on each head of q and k; the width of a head
-# where config.json is silent (None: hidden_size / num_attention_heads).
-ARCHITECTURES = {"qwen2": {"qkv_bias": True, "qk_norm": False, "head_dim": None},
-                 "qwen3": {"qkv_bias": False, "qk_norm": True, "head_dim": 128},
-                 "llama": {"qkv_bias": False, "qk_norm": False, "head_dim": None}}
-# Beyond these a number is broken, not large: no machine's integer, or nothing to be built.
-HIGHEST, MOST_LAYERS, LARGEST_MATRIX = 1e18, 512, 2**40
+SUPPORTED = {"model_type": ("qwen2", "qwen3", "llama"), "hidden_act": ("silu", None),
+             "rope_type": ("default", "llama3"), "sliding_attention": (False,),
+             "use_sliding_window": (False, None), "quantization_config": (None,),
+             "attention_bias": (False, None), "mlp_bias": (False, None),
+             "tie_word_embeddings": (True, False, None)}
 LLAMA3_ROPE = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 @dataclass
 class Config:
-    """The keys of config.json that shape the computation; the others are kept in `rest`."""
-    vocab_size: int
-    hidden_size: int
-    intermediate_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
+    """The keys of config.json that shape the computation (None: required); `extra` has the rest."""
+    vocab_size: int = None
+    hidden_size: int = None
+    intermediate_size: int = None
+    num_hidden_layers: int = None
+    num_attention_heads: int = None
+    num_key_value_heads: int = None
     model_type: str = "qwen2"
     head_dim: int | None = None
     max_position_embeddings: int = 32768
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
-    rope_scaling: dict | None = None    # None, or Llama 3's: see `rotary`
+    rope_scaling: dict | None = None        # None or Llama 3's, see `rotary_embedding`
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
-    rest: dict = field(default_factory=dict, repr=False)
+    extra: dict = field(default_factory=dict, repr=False)
 
     def __post_init__(self):
-        """BadModel where this file cannot compute what is asked for."""
-        if self.model_type not in ARCHITECTURES:
-            raise BadModel(f"model_type {self.model_type!r} is not known here "
-                           f"(known: {', '.join(ARCHITECTURES)})")
-        family = ARCHITECTURES[self.model_type]
-        self.qkv_bias, self.qk_norm = family["qkv_bias"], family["qk_norm"]
-        for f in fields(self):
-            value, number = getattr(self, f.name), f.type in (int, float)
-            if number and (type(value) not in (int, f.type) or not 0 < value < HIGHEST):
-                raise BadModel(f"{f.name} is {value!r}, not a number above 0")
-            if f.type is bool and type(value) is not bool:
-                raise BadModel(f"{f.name} is {value!r}, not true or false")
-        self.head_dim = (self.head_dim or family["head_dim"]
-                         or self.hidden_size // self.num_attention_heads)
-        if type(self.head_dim) is not int or self.head_dim < 2 or self.head_dim % 2:
-            raise BadModel(f"head_dim is {self.head_dim!r}, not an even number above 0")
+        rope = {key: self.rope_scaling.get(key) for key in LLAMA3_ROPE} if self.rope_scaling else {}
+        numbers = [(f.name, getattr(self, f.name), f.type) for f in fields(self)
+                   if f.type in (int, float)] + [(key, rope[key], float) for key in rope]
+        for name, value, kind in numbers:
+            limit = 1000 if name == "num_hidden_layers" else 2**31      # building more would hang
+            if type(value) not in (int, kind) or not 0 < value < limit:
+                raise ValueError(f"{name} is missing or not a valid {kind.__name__}: {value!r}")
+        self.head_dim = self.head_dim or (
+            128 if self.model_type == "qwen3" else self.hidden_size // self.num_attention_heads)
+        if type(self.head_dim) is not int or self.head_dim not in range(2, 2**16, 2):
+            raise ValueError(f"head_dim is {self.head_dim!r}, expected an even number above 0")
         if self.num_attention_heads % self.num_key_value_heads:
-            raise BadModel(f"{self.num_attention_heads} query heads do not share "
-                           f"{self.num_key_value_heads} key-value heads evenly")
-        widest = max(self.vocab_size, self.intermediate_size,
-                     self.num_attention_heads * self.head_dim)
-        if self.num_hidden_layers > MOST_LAYERS or self.hidden_size * widest > LARGEST_MATRIX:
-            raise BadModel(f"{self.num_hidden_layers} layers with matrices of {self.hidden_size} "
-                           f"times {widest} numbers are no model")
-        for key in LLAMA3_ROPE if self.rope_scaling else ():
-            value = self.rope_scaling.get(key)
-            if type(value) not in (int, float) or not 0 < value < HIGHEST:
-                raise BadModel(f"rope_scaling has no number {key}")
-        if self.rope_scaling and not (self.rope_scaling["low_freq_factor"]
-                                      < self.rope_scaling["high_freq_factor"]):
-            raise BadModel("rope_scaling: low_freq_factor is not below high_freq_factor")
+            raise ValueError("num_attention_heads is not a multiple of num_key_value_heads")
 
-    def to_dict(self):
-        """What config.json is to hold: our keys, and those that came with them."""
-        ours = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "rest"}
-        return {**self.rest, **ours}
+    def to_dict(self) -> dict:
+        """The content of config.json."""
+        return self.extra | {key: value for key, value in vars(self).items() if key != "extra"}
 
 
-# ---- The pieces -----------------------------------------------------------------------------
-
-
-class RMSNorm(nn.Module):
-    """x / rms(x) * weight, the mean square taken in float32 (Zhang and Sennrich, 2019)."""
-
-    def __init__(self, width, eps):
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-        self.eps = eps
+class RMSNorm(nn.RMSNorm):
+    """x / rms(x) * weight, computed in float32 (Zhang and Sennrich, 2019)."""
 
     def forward(self, x):
         return F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps).to(x.dtype)
 
 
-def rotary(positions, config):
-    """cos and sin, each (B, 1, T, D), in float32: pair i of a head turns theta^(-2i/D) a position.
-
-    Llama 3 stretches this for long contexts: a pair that turns around less than `low_freq_factor`
-    times in the length it was first trained on turns `factor` times slower, one that turns more
-    than `high_freq_factor` times as before, and in between it is interpolated.
-    The angles of late positions have no place in bf16, so they are computed here and cast later.
-    """
+def rotary_embedding(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]:
+    """cos and sin (B, 1, T, D) of positions (B, T), in float32, because bf16 rounds large positions
+    to the same angle (RoPE; Su et al., 2021). Llama 3 divides the frequencies with fewer than
+    `low_freq_factor` turns in the original context by `factor`, keeps those with more than
+    `high_freq_factor`, and interpolates in between."""
     pairs = torch.arange(0, config.head_dim, 2, device=positions.device, dtype=torch.float32)
     frequencies = config.rope_theta ** (-pairs / config.head_dim)             # (D/2,)
     if llama3 := config.rope_scaling:
         low, high = llama3["low_freq_factor"], llama3["high_freq_factor"]
-        turns = frequencies * llama3["original_max_position_embeddings"] / (2 * math.pi)
+        turns = frequencies * llama3["original_max_position_embeddings"] / (2 * torch.pi)
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = frequencies * (kept + (1 - kept) / llama3["factor"])
     angles = positions[:, None, :, None].float() * frequencies               # (B, 1, T, D/2)
@@ -139,73 +86,53 @@ def rotary(positions, config):
     return angles.cos(), angles.sin()
 
 
-def rotate(x, cos, sin):
-    """Turn each pair (x[i], x[i + D/2]) of (B, heads, T, D) by its angle: Hugging Face's pairs."""
+def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x (B, heads, T, D) with each pair (x[i], x[i + D/2]) rotated by its angle."""
     half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return (x * cos + turned * sin).to(x.dtype)
+    rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return (x * cos + rotated * sin).to(x.dtype)
 
 
-def attend_packed(q, k, v, lengths):
-    """Causal attention within each document of a packed row: q (1, H, T, D), k and v (1, K, T, D).
-
-    A document at a time, because no document may see another, and because the work is then the
-    sum of the squares of the lengths and not the square of the sum:
-
-        keys    1 1 1 2 2
-        query 1 x
-              1 x x
-              1 x x x
-              2       x
-              2       x x
-    """
-    pieces = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2))
-    return torch.cat([F.scaled_dot_product_attention(*piece, is_causal=True, enable_gqa=True)
-                      for piece in pieces], dim=2)
-
-
-def attend_cached(q, k, v, mask):
-    """Attention to the filled places of a cache: k, v (B, K, L, D), mask (B, 1, T, L) True sees."""
-    B, H, T, D = q.shape
-    if T > 1:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
-    # One new token: the H/K query heads that share a key head stand in as H/K queries of one head,
-    # so that no key or value is copied.
-    q = q.reshape(B, k.shape[1], -1, D)                                      # (B, K, H/K, D)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask).reshape(B, H, T, D)
+def packed_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
+    """Causal attention within each document of a packed row: q (1, H, T, D), k, v (1, K, T, D)."""
+    # One call per document: the cost is the sum of the squared lengths, not the square of the sum.
+    documents = zip(q.split(lengths, 2), k.split(lengths, 2), v.split(lengths, 2), strict=True)
+    return torch.cat([F.scaled_dot_product_attention(*qkv, is_causal=True, enable_gqa=True)
+                      for qkv in documents], dim=2)
 
 
 class Attention(nn.Module):
-    """Causal attention in which H query heads share K key-value heads (Ainslie et al., 2023).
-
-    `rope`: cos and sin of the positions. Then either the `lengths` of packed documents, or
-    `cached`: this layer's pair k, v of the cache, the places (B, T) that the new keys and values
-    take in it, and the mask (B, 1, T, L) of the places that each query sees.
-    """
+    """Causal attention with H query heads that share K key-value heads (Ainslie et al., 2023)."""
 
     def __init__(self, config):
         super().__init__()
         C, D = config.hidden_size, config.head_dim
+        qkv_bias, qk_norm = config.model_type == "qwen2", config.model_type == "qwen3"
         self.head_dim = D
-        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=config.qkv_bias)
-        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=config.qkv_bias)
-        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=config.qkv_bias)
+        self.q_proj = nn.Linear(C, config.num_attention_heads * D, bias=qkv_bias)
+        self.k_proj = nn.Linear(C, config.num_key_value_heads * D, bias=qkv_bias)
+        self.v_proj = nn.Linear(C, config.num_key_value_heads * D, bias=qkv_bias)
         self.o_proj = nn.Linear(config.num_attention_heads * D, C, bias=False)
-        self.q_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm = RMSNorm(D, config.rms_norm_eps) if qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(D, config.rms_norm_eps) if qk_norm else nn.Identity()
 
-    def forward(self, x, rope, lengths, cached):
+    def forward(self, x, rope, lengths, cache):
         B, T, _ = x.shape
         q, k, v = (projection(x).view(B, T, -1, self.head_dim).transpose(1, 2)  # (B, H or K, T, D)
                    for projection in (self.q_proj, self.k_proj, self.v_proj))
-        q, k = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
-        if cached is None:
-            y = attend_packed(q, k, v, lengths)
+        q, k = apply_rotary(self.q_norm(q), *rope), apply_rotary(self.k_norm(k), *rope)
+        if cache is None:
+            y = packed_attention(q, k, v, lengths)                              # (B, H, T, D)
         else:
-            layer, places, mask = cached
-            k, v = (write(old, new, places)[:, :, :mask.shape[-1]]              # (B, K, L, D)
-                    for old, new in zip(layer, (k, v)))
-            y = attend_cached(q, k, v, mask)
+            (keys, values), positions, mask = cache             # (B, K, L, D), (B, T), (B, 1, T, L)
+            rows = torch.arange(B, device=x.device)[:, None]
+            keys[rows, :, positions] = k.transpose(1, 2).to(keys.dtype)
+            values[rows, :, positions] = v.transpose(1, 2).to(values.dtype)
+            keys, values = keys[:, :, :mask.shape[-1]], values[:, :, :mask.shape[-1]]
+            if T == 1:      # H/K queries per key head: enable_gqa copies keys and values H/K times
+                q = q.reshape(B, keys.shape[1], -1, self.head_dim)              # (B, K, H/K, D)
+            y = F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, enable_gqa=T > 1)
+            y = y.reshape(B, -1, T, self.head_dim)                              # (B, H, T, D)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -223,7 +150,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """x (B, T, C) to (B, T, C): attention, then MLP, each added to what it read through a norm."""
+    """Attention, then MLP, each after a norm and added to its input."""
 
     def __init__(self, config):
         super().__init__()
@@ -232,137 +159,107 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x, rope, lengths=None, cached=None):
-        x = x + self.self_attn(self.input_layernorm(x), rope, lengths, cached)
+    def forward(self, x, rope, lengths=None, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, lengths, cache)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
-# ---- The cache ------------------------------------------------------------------------------
-
-
+@dataclass
 class KVCache:
-    """Keys and values of `slots` rows with `length` places each, and how many places are filled.
-
-    The cache owns the position: `forward` puts the next T tokens of row b at the places
-    filled[b], filled[b] + 1, ... and moves filled[b] on. Setting filled[b] = 0 frees a row; nothing
-    is erased.
-    """
-
-    def __init__(self, layers, filled):
-        self.layers = layers                        # of each a pair k, v: (slots, K, length, D)
-        self.filled = filled                        # (slots,), on the CPU
+    """Keys and values of S slots, one sequence each. The next T tokens of slot s get the positions
+    lengths[s], lengths[s] + 1, ...; lengths[s] = 0 frees a slot, nothing needs to be erased."""
+    layers: list[tuple[Tensor, Tensor]]             # (k, v), each (S, K, L, D)
+    lengths: Tensor                                 # (S,), on the CPU: tokens in each slot
 
     @classmethod
-    def empty(cls, config, slots, length, dtype=torch.float32, device="cpu"):
-        """A cache for `slots` rows of at most `length` tokens: 2 * layers * slots * length * K * D
-        numbers. s1's 32B model in bf16 takes 2 * 64 * 8 * 128 * 2 bytes = 262 KB a token."""
-        shape = (slots, config.num_key_value_heads, length, config.head_dim)
-        return cls([tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv")
-                    for _ in range(config.num_hidden_layers)], torch.zeros(slots, dtype=torch.long))
+    def allocate(cls, config, max_num_seqs, max_seq_len, dtype=torch.float32, device="cpu"):
+        """An empty cache. A token takes 2 * layers * K * D numbers: 256 KiB in bf16 for s1-32B."""
+        shape = (max_num_seqs, config.num_key_value_heads, max_seq_len, config.head_dim)
+        layers = [tuple(torch.zeros(shape, dtype=dtype, device=device) for _ in "kv")
+                  for _ in range(config.num_hidden_layers)]
+        return cls(layers, torch.zeros(max_num_seqs, dtype=torch.long))
 
-    def rows(self, first, end):
-        """The slots from `first` up to `end` alone, over the same memory."""
-        return KVCache([(k[first:end], v[first:end]) for k, v in self.layers],
-                       self.filled[first:end])
+    def slots(self, start: int, end: int) -> "KVCache":
+        """The slots from `start` to `end`, as a view."""
+        return KVCache([(k[start:end], v[start:end]) for k, v in self.layers],
+                       self.lengths[start:end])
 
-    def move(self, source, target):
-        """Put the row in slot `source` into slot `target`."""
-        n = self.filled[target] = self.filled[source]
-        for tensor in itertools.chain(*self.layers):
-            tensor[target, :, :n] = tensor[source, :, :n]
+    def copy_slot(self, source: int, target: int):
+        """Copy the sequence in slot `source` to slot `target`."""
+        n = self.lengths[target] = self.lengths[source]
+        for k, v in self.layers:
+            k[target, :, :n] = k[source, :, :n]
+            v[target, :, :n] = v[source, :, :n]
 
-    def claim(self, T):
-        """The next T places of each row, (B, T), and which places its tokens see, (B, 1, T, L);
-        they count as filled. IndexError where they do not fit."""
-        (k, _), end = self.layers[0], int(self.filled.max()) + T
+    def reserve(self, T: int) -> tuple[Tensor, Tensor]:
+        """The next T positions (B, T) and their mask (B, 1, T, L). Adds T to `lengths`."""
+        k, end = self.layers[0][0], int(self.lengths.max()) + T
         if end > k.shape[2]:
-            raise IndexError(f"the cache has {k.shape[2]} places a row, not {end}")
-        places = (self.filled[:, None] + torch.arange(T)).to(k.device)
-        self.filled += T
-        return places, torch.arange(end, device=k.device) <= places[:, None, :, None]
+            raise ValueError(f"the KV cache has {k.shape[2]} positions, {end} are needed")
+        positions = (self.lengths[:, None] + torch.arange(T)).to(k.device)
+        self.lengths += T
+        return positions, torch.arange(end, device=k.device) <= positions[:, None, :, None]
 
 
-def write(cached, new, places):
-    """Put keys or values (B, K, T, D) at their places (B, T) of a layer's (B, K, length, D)."""
-    rows = torch.arange(new.shape[0], device=new.device)[:, None]
-    cached[rows, :, places] = new.transpose(1, 2).to(cached.dtype)
-    return cached
-
-
-# ---- The loss -------------------------------------------------------------------------------
-
-
-def softmax_step(logits, targets, room=None):
-    """The summed loss of a chunk; its logits (n, V) become their gradient: softmax minus one-hot.
-
-    It is taken in float32, in `room` (n, V); a compiled kernel needs none. Returned beside the loss
-    is what the targets lack, p[target] - 1, (n, 1), as float32 has it.
-    """
-    top, t = logits.amax(1).float(), targets[:, None]
-    wanted = logits.gather(1, t)[:, 0].float()
-    p = (torch.softmax(logits.float(), 1) if room is None
-         else torch.softmax(room.copy_(logits), 1, out=room))
-    # log Z = max - log p_max, for p_max = exp(max) / Z; it is never below 1/V.
-    loss = (top - p.amax(1).log() - wanted).sum()
-    lacking = p.gather(1, t) - 1
-    # By index, here and below: scatter_ copies on a CPU, and the whole pass is half as slow again.
-    logits.copy_(p)[torch.arange(len(t), device=t.device), targets] = lacking[:, 0].to(logits.dtype)
-    return loss, lacking
+def softmax_step(logits: Tensor, labels: Tensor, scratch: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The summed cross-entropy of logits (n, V), and p[label] - 1, (n, 1). The logits become their
+    gradient, p minus one-hot, where p is the softmax in float32. `scratch` (n, V) holds p; a
+    compiled kernel does not need it."""
+    top, index = logits.amax(1).float(), labels[:, None]
+    picked = logits.gather(1, index)[:, 0].float()
+    p = logits.float() if scratch is None else scratch.copy_(logits)
+    p = torch.softmax(p, 1, out=scratch)
+    # log Z = max - log p_max, because p_max = exp(max) / Z; p_max is at least 1/V.
+    loss = (top - p.amax(1).log() - picked).sum()
+    label_grad = p.gather(1, index) - 1
+    # scatter_ copies on a CPU: index assignment, here and below, makes the loss 1.4 times as fast.
+    logits.copy_(p)[torch.arange(len(labels), device=labels.device), labels] = (
+        label_grad[:, 0].to(logits.dtype))
+    return loss, label_grad
 
 
 class FusedLinearCrossEntropy(torch.autograd.Function):
-    """Sum over rows of -log softmax(hidden @ weight.T)[target], both gradients in the same pass.
+    """The sum over rows of -log softmax(hidden @ weight.T)[label], and its gradients in one pass.
 
-    hidden (N, C), weight (V, C), targets (N,), all supervised. The logits of a batch are its
-    largest tensor by far: 16,384 rows times Qwen's 151,936 words are 5 GB in bf16, and as much
-    again in float32 for the softmax. So a chunk of rows at a time:
+    hidden (N, C), weight (V, C), labels (N,), all supervised. All logits at once would be 5 GB in
+    bf16 for 16,384 tokens of Qwen, so for each chunk of n rows:
 
-        hidden            logits = hidden[chunk] @ weight.T    (n, V), the only large tensor
-        | chunk 1 |  -->  p = softmax(logits), in float32
-        | chunk 2 |       loss   += -log p[target]
-        | chunk 3 |       p[target] -= 1                       d loss / d logits
-                          grad_hidden[chunk] = p @ weight
-                          grad_weight += p.T @ hidden[chunk]   summed in float32
-
-    Both gradients are ready when forward ends, and backward only scales them. A sum and not a
-    mean: the caller alone knows how many tokens the optimizer step has in all.
-
-    In bf16 each product is rounded before it is summed, and most of a word's gradient comes from
-    the few rows it is the target of: these are left out of the product and added in float32. Large
-    tensors are made once and used by every chunk, for fresh memory costs more than the arithmetic;
-    and grad_weight grows by a slice of the vocabulary at a time, small enough for a CPU's cache.
+        logits = hidden[chunk] @ weight.T           (n, V)
+        p = softmax(logits)                         in float32
+        loss += -log p[label]                       a sum: the caller divides by the step's tokens
+        p[label] -= 1                               d loss / d logits
+        grad_hidden[chunk] = p @ weight
+        grad_weight += p.T @ hidden[chunk]          in float32
     """
-    compiled = False                    # --compile: `softmax_step` as one kernel
+    compiled = False                    # whether `softmax_step` is one compiled kernel
 
     @staticmethod
-    def forward(ctx, hidden, weight, targets, chunk_bytes=None):
+    def forward(ctx, hidden, weight, labels, chunk_bytes=None):
         (N, C), V, on_cpu = hidden.shape, weight.shape[0], hidden.device.type == "cpu"
         chunk_bytes = chunk_bytes or (2**25 if on_cpu else 2**30)
-        rows = max(1, min(N, chunk_bytes // (4 * V)))   # the float32 softmax is what fills a chunk
-        words = min(V, 4096 if on_cpu else 16384)
-        wants_hidden, wants_weight = ctx.needs_input_grad[:2]
-        # The master weight may be float32 while the rows are bf16 (autocast): multiply in theirs.
-        w = weight.to(hidden.dtype)
-        loss = torch.zeros((), device=hidden.device)
-        grad_hidden = torch.empty_like(hidden) if wants_hidden else None
-        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wants_weight else None
-        all_logits, part = hidden.new_empty(rows, V), hidden.new_empty(words, C)
-        step, room = softmax_step, all_logits.new_empty(rows, V, dtype=torch.float32)
+        rows = max(1, min(N, chunk_bytes // (4 * V)))           # 4: the softmax is float32
+        words = min(V, 4096 if on_cpu else 16384)               # a slice fits into a CPU's cache
+        w = weight.to(hidden.dtype)     # under autocast the weight is float32, hidden is bf16
+        loss, grad_hidden = torch.zeros((), device=hidden.device), torch.empty_like(hidden)
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32)
+        # Buffers are reused, because fresh memory costs more than the arithmetic.
+        all_logits, product = hidden.new_empty(rows, V), hidden.new_empty(words, C)
+        step, scratch = softmax_step, all_logits.new_empty(rows, V, dtype=torch.float32)
         if FusedLinearCrossEntropy.compiled:
-            step, room = torch.compile(step, dynamic=True), None
+            step, scratch = torch.compile(step, dynamic=True), None
         for start in range(0, N, rows):
-            h, t = hidden[start:start + rows], targets[start:start + rows]   # (n, C), (n,)
+            h, y = hidden[start:start + rows], labels[start:start + rows]    # (n, C), (n,)
             logits = torch.mm(h, w.T, out=all_logits[:len(h)])               # (n, V)
-            summed, lacking = step(logits, t, None if room is None else room[:len(h)])
-            loss += summed
-            if wants_hidden:
-                torch.mm(logits, w, out=grad_hidden[start:start + rows])
-            if wants_weight:
-                logits[torch.arange(len(t), device=t.device), t] = 0
-                for v in range(0, V, words):
-                    p = logits[:, v:v + words]                               # (n, words)
-                    grad_weight[v:v + words] += torch.mm(p.T, h, out=part[:p.shape[1]])
-                grad_weight.index_add_(0, t, lacking * h)
+            chunk_loss, label_grad = step(logits, y, None if scratch is None else scratch[:len(h)])
+            loss += chunk_loss
+            torch.mm(logits, w, out=grad_hidden[start:start + rows])
+            # bf16 rounds the product, and most of a word's gradient comes from the rows labelled
+            # with it: the product leaves these out, and they are added in float32.
+            logits[torch.arange(len(y), device=y.device), y] = 0
+            for v in range(0, V, words):
+                p = logits[:, v:v + words]                                   # (n, words)
+                grad_weight[v:v + words] += torch.mm(p.T, h, out=product[:p.shape[1]])
+            grad_weight.index_add_(0, y, label_grad * h)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -370,268 +267,174 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_hidden is not None:
-            grad_hidden = grad_hidden * grad_loss       # 0-dim: the dtype stays, 1/N unrounded
-        if grad_weight is not None:
-            scaled = torch.empty_like(grad_weight, dtype=ctx.weight_dtype)
-            for ours, out in zip(grad_weight.split(4096), scaled.split(4096)):
-                out.copy_(ours * grad_loss)                 # no second copy in float32
-            grad_weight = scaled
-        return grad_hidden, grad_weight, None, None
-
-
-# ---- The transformer ------------------------------------------------------------------------
+        # grad_loss is 0-dim: the product keeps the dtype of grad_hidden, and 1/N is not rounded.
+        # In place, because a second float32 tensor of the weight's size may not fit.
+        return grad_hidden * grad_loss, grad_weight.mul_(grad_loss).to(ctx.weight_dtype), None, None
 
 
 class Transformer(nn.Module):
     """A decoder of the Qwen2, Qwen3 or Llama family."""
 
-    def __init__(self, config):
+    def __init__(self, config: Config):
         super().__init__()
-        self.config, self.recompute = config, False
+        self.config, self.gradient_checkpointing = config, False
         self.model = nn.ModuleDict({
             "embed_tokens": nn.Embedding(config.vocab_size, config.hidden_size),
             "layers": nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers)),
             "norm": RMSNorm(config.hidden_size, config.rms_norm_eps)})
-        if not config.tie_word_embeddings:      # a tied model owns no lm_head
+        if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def forward(self, ids, positions=None, lengths=None, targets=None, cache=None):
-        """One forward for three uses.
+    def forward(self, ids, positions=None, lengths=None, labels=None, cache=None):
+        """Logits (B, T, V), or with `labels` the summed loss and the number of supervised tokens.
 
-        ids (B, T). Packed training: B = 1, `lengths` the documents' lengths in the row, `positions`
-        (1, T) starting again at 0 in each, `targets` (B, T) the token to be predicted at each
-        place, -100 for none. Prefill and decode: `cache`, which also knows the positions.
-
-        Returns logits (B, T, V); with `targets` instead (the summed loss, the number N of
-        supervised tokens), N a plain int. Targets that lie on the CPU cost no synchronisation.
+        Packed rows (B = 1): `lengths` of the documents, `positions` that restart in each, `labels`
+        already shifted, -100 for none; on the CPU they save a synchronization. Decoding: `cache`.
         """
         B, T = ids.shape
         if cache is not None:
-            return self.logits(ids, *cache.claim(T), cache.layers)
-        if positions is None:
-            positions = torch.arange(T, device=ids.device).expand(B, T)
-        x = self.hidden_states(ids, positions, lengths=lengths or [T])       # (B, T, C)
-        if targets is None:
-            return F.linear(x, self.head)
+            x = self.hidden_states(ids, *cache.reserve(T), cache.layers)     # (B, T, C)
+        else:
+            if positions is None:
+                positions = torch.arange(T, device=ids.device).expand(B, T)
+            x = self.hidden_states(ids, positions, lengths=lengths or [T])   # (B, T, C)
+        if labels is None:
+            return F.linear(x, self.output_weight)
         if torch.is_autocast_enabled(x.device.type):
             x = x.to(torch.get_autocast_dtype(x.device.type))
-        targets = targets.flatten()
-        supervised = (targets != -100).nonzero()[:, 0]                       # (N,)
+        supervised = (labels.flatten() != -100).nonzero()[:, 0]              # (N,)
         hidden = x.flatten(0, 1)[supervised.to(x.device)]                    # (N, C)
-        loss = FusedLinearCrossEntropy.apply(hidden, self.head, targets[supervised].to(x.device))
-        return loss, len(supervised)
+        labels = labels.flatten()[supervised].to(x.device)                   # (N,)
+        return FusedLinearCrossEntropy.apply(hidden, self.output_weight, labels), len(supervised)
 
-    def hidden_states(self, ids, positions, mask=None, layers=None, lengths=None):
-        """What the head reads, (B, T, C); with a cache its `layers`, which take the new keys and
-        values in, and the `mask` of what is seen of them. Tensors alone, so that torch.compile
-        makes one step of it."""
-        rope = rotary(positions, self.config)
+    def hidden_states(self, ids, positions, mask=None, layers=None, lengths=None) -> Tensor:
+        """The input (B, T, C) of the output layer. `mask` and `layers` are those of a KVCache."""
+        rope = rotary_embedding(positions, self.config)
         x = self.model.embed_tokens(ids)                                     # (B, T, C)
         for i, block in enumerate(self.model.layers):
-            cached = (layers[i], positions, mask) if layers else None
-            if self.recompute:      # keep a block's input alone, and run it again in backward
-                x = checkpoint(block, x, rope, lengths, use_reentrant=False)
+            cache = (layers[i], positions, mask) if layers else None
+            if self.gradient_checkpointing:         # keep only x, run the block again in backward
+                x = checkpoint(block, x, rope, lengths, cache, use_reentrant=False)
             else:
-                x = block(x, rope, lengths, cached)
+                x = block(x, rope, lengths, cache)
         return self.model.norm(x)
 
-    def logits(self, ids, positions, mask, layers):
-        """(B, T, V): one step over a cache, which `KVCache.claim` prepares."""
-        return F.linear(self.hidden_states(ids, positions, mask, layers), self.head)
-
     @property
-    def head(self):
-        """The weight of the last layer, (V, C); a tied model's is that of its embedding."""
-        tied = self.config.tie_word_embeddings
-        return (self.model.embed_tokens if tied else self.lm_head).weight
+    def output_weight(self) -> Tensor:
+        """The weight (V, C) of the output layer, which a tied model shares with its embedding."""
+        return (self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head).weight
 
     def compile_kernels(self):
-        """Let torch.compile fuse what lies between the matrix products. Attention stays as it is:
-        its documents have other lengths in each row."""
+        """Compile loss, MLPs and norms; attention would recompile for each new document length."""
         FusedLinearCrossEntropy.compiled = True
         for block in self.model.layers:
-            for part in (block.mlp, block.input_layernorm, block.post_attention_layernorm):
-                part.compile(dynamic=True)
+            for module in (block.mlp, block.input_layernorm, block.post_attention_layernorm):
+                module.compile(dynamic=True)
 
-    def init_weights(self, seed):
-        """Random weights for a start from nothing: normal, residual paths scaled down (GPT-2)."""
+    def init_weights(self, seed: int) -> "Transformer":
+        """Set random normal weights, scaled down in front of each residual sum (GPT-2)."""
         generator = torch.Generator().manual_seed(seed)
-        std = self.config.initializer_range
         for name, p in self.named_parameters():
             if p.dim() == 2:
-                deep = name.endswith(("o_proj.weight", "down_proj.weight"))
-                scale = (2 * self.config.num_hidden_layers) ** -0.5 if deep else 1.0
-                nn.init.normal_(p, std=std * scale, generator=generator)
+                residual = name.endswith(("o_proj.weight", "down_proj.weight"))
+                scale = (2 * self.config.num_hidden_layers) ** -0.5 if residual else 1.0
+                nn.init.normal_(p, std=self.config.initializer_range * scale, generator=generator)
             else:
                 nn.init.constant_(p, 0.0 if name.endswith("bias") else 1.0)
         return self
 
     @classmethod
-    def load(cls, directory, dtype=torch.float32, device="cpu", prepare=None):
-        """The model in a Hugging Face directory, its weights in `dtype` on `device`; else BadModel.
-
-        The files are mapped, not read: each tensor goes from the file to its place, and there is
-        no second copy of the model. `prepare` may share it out over processes (`fully_shard`)
-        before it has any memory; each process then reads its own rows.
-        """
+    def load(cls, directory, dtype=torch.float32, device="cpu", prepare=None) -> "Transformer":
+        """The model of a Hugging Face directory. `prepare(model)` may shard it before it has
+        memory; a rank then reads its shard. Raises ValueError if it is broken or unsupported."""
+        config, stored = read_config(directory), read_tensors(Path(directory))
+        names = ("lm_head.weight", "model.embed_tokens.weight")
+        if config.tie_word_embeddings and stored.keys() >= set(names):
+            # Some configs say tied although the checkpoint has a separate head: keep it.
+            config.tie_word_embeddings = torch.equal(*(stored[name].to(dtype) for name in names))
+        if config.tie_word_embeddings:
+            stored.pop("lm_head.weight", None)
         with torch.device("meta"):
-            model = cls(read_config(directory)).to(dtype)
-        found = stored_tensors(Path(directory))
-        if model.config.tie_word_embeddings:
-            found.pop("lm_head.weight", None)
-        refuse_other_tensors(directory, model.state_dict(), found)
+            model = cls(config).to(dtype)
+        try:
+            model.load_state_dict({name: t.to("meta") for name, t in stored.items()})
+        except RuntimeError as error:       # lists missing, unexpected and mis-shaped tensors
+            raise ValueError(f"{directory}: {' '.join(str(error).split())}") from None
         if prepare:
             prepare(model)
         model.to_empty(device=device)
-        for name, place in model.state_dict().items():
-            put(place, found[name])
+        for name, parameter in model.state_dict().items():
+            copy_to_shard_(parameter, stored[name])
         return model
 
     def save(self, directory, dtype=None, shard_bytes=5e9):
-        """Write config.json and the weights, in their own `dtype` or another, into a directory that
-        is there: one safetensors file, or shards and their index where it would be larger. Of
-        several processes that share the model, all call this; those with None write nothing."""
-        shards, size = [{}], 0
-        for name, p in self.state_dict().items():
-            dtype = dtype or p.dtype
-            size += p.numel() * dtype.itemsize
-            if size > shard_bytes and shards[-1]:
-                shards, size = [*shards, {}], p.numel() * dtype.itemsize
-            shards[-1][name] = p
-        names = [f"model-{i:05}-of-{len(shards):05}.safetensors" for i in range(1, len(shards) + 1)]
-        if len(shards) == 1:
-            names = ["model.safetensors"]
-        elif directory:
-            total = sum(p.numel() * dtype.itemsize for p in self.parameters())
-            index = {"metadata": {"total_size": total},
-                     "weight_map": {k: name for name, shard in zip(names, shards) for k in shard}}
-            (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-        for name, shard in zip(names, shards):
-            state = {key: whole(p).to("cpu", dtype).contiguous() for key, p in shard.items()}
-            if directory:
-                safetensors.torch.save_file(state, directory / name, metadata={"format": "pt"})
-        if not directory:
+        """Write config.json and safetensors files of at most `shard_bytes`. All ranks of a sharded
+        model call this; those with `directory` None write nothing."""
+        dtype = dtype or self.output_weight.dtype
+        device = "meta" if directory is None else "cpu"         # only keep what is written
+        tensors = {name: full_tensor(p).to(device, dtype) for name, p in self.state_dict().items()}
+        if directory is None:
             return
-        said = str(dtype).removeprefix("torch.")
-        config = {**self.config.to_dict(), "dtype": said, "torch_dtype": said}  # newer, older name
-        (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        Path(directory).mkdir(parents=True, exist_ok=True)
+        save_torch_state_dict(tensors, directory, max_shard_size=int(shard_bytes))
+        name = str(dtype).removeprefix("torch.")
+        config = {**self.config.to_dict(), "dtype": name, "torch_dtype": name}  # new and old key
+        (Path(directory) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-# ---- Directories ----------------------------------------------------------------------------
-# What stands in a directory comes from anywhere: it is read as JSON and safetensors, nothing in it
-# is executed, and what this file cannot compute is refused by name.
-
-INDEX = "model.safetensors.index.json"
-
-
-def read_config(directory):
-    """The Config of `directory`/config.json, its rope in the older or the newer layout. BadModel
-    where it is none, or asks for what this file cannot compute."""
+def read_config(directory) -> Config:
+    """The Config of a Hugging Face directory. Raises ValueError if it is broken or unsupported."""
     path = Path(directory) / "config.json"
     try:
         raw = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise BadModel(f"{directory} is no model: there is no config.json in it") from None
-    except (ValueError, RecursionError) as error:
-        raise BadModel(f"{path} is no JSON: {error}") from None
-    if not isinstance(raw, dict):
-        raise BadModel(f"{path} holds no object")
-    known = {f.name for f in fields(Config)} - {"rest"}
-    rest = {key: raw[key] for key in raw.keys() - known}
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}      # new and old key
+        said = raw | {"rope_type": rope.get("rope_type", rope.get("type", "default")),
+                      "sliding_attention": "sliding_attention" in str(raw.get("layer_types"))}
+        for key, supported in SUPPORTED.items():
+            if said.get(key) not in supported:
+                raise ValueError(f"{key} {said.get(key)!r} is not supported")
+        known = {f.name: raw.get(f.name, f.default) for f in fields(Config) if f.name != "extra"}
+        known["rope_theta"] = rope.get("rope_theta", known["rope_theta"])
+        known["rope_scaling"] = rope if said["rope_type"] == "llama3" else None
+        return Config(**known, extra={key: raw[key] for key in raw.keys() - known.keys()})
+    except (ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be used: {error}") from None
+
+
+def read_tensors(directory: Path) -> dict[str, Tensor]:
+    """All tensors of a Hugging Face directory, memory-mapped: data is read when it is copied."""
+    tensors, path = {}, directory / "model.safetensors"
     try:
-        refuse(raw)
-        return Config(**{key: raw[key] for key in known & raw.keys()} | rope_of(raw), rest=rest)
-    except (BadModel, TypeError) as error:
-        raise BadModel(f"{path}: {error}") from None
+        names = [path.name]
+        if not path.is_file():
+            path = directory / "model.safetensors.index.json"
+            names = json.loads(path.read_text(encoding="utf-8"))["weight_map"].values()
+        for name in sorted(set(names)):
+            if Path(name).name != name:                                 # may lead outside
+                raise ValueError(f"{name!r} is not a plain file name")
+            path = directory / name
+            if path.stat().st_size < 1024 and path.read_bytes().startswith(b"version https://git-"):
+                raise ValueError("it is a Git LFS pointer, run `git lfs pull`")
+            tensors |= safetensors.torch.load_file(path)
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError,
+            safetensors.SafetensorError) as error:
+        raise ValueError(f"{path} cannot be read as safetensors: {error}") from None
+    quantised = [name for name, t in tensors.items() if not t.is_floating_point() or t.itemsize < 2]
+    if quantised:
+        raise ValueError(f"{directory} has quantised weights: {', '.join(sorted(quantised))}")
+    return {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
-def refuse(raw):
-    """BadModel by the name of what a config.json asks for and is not computed here."""
-    if raw.get("model_type") not in ARCHITECTURES:
-        raise BadModel(f"model_type {raw.get('model_type')!r} is not known here "
-                       f"(known: {', '.join(ARCHITECTURES)})")
-    if raw.get("hidden_act", "silu") != "silu":
-        raise BadModel(f"hidden_act {raw['hidden_act']!r} is not known here (known: silu)")
-    layers = raw.get("layer_types") or []
-    if raw.get("use_sliding_window") or "sliding_attention" in layers:
-        raise BadModel("a sliding window is not supported")
-    for key in ("quantization_config", "attention_bias", "mlp_bias"):
-        if raw.get(key):
-            raise BadModel(f"{key} is not supported")
+def full_tensor(tensor: Tensor) -> Tensor:
+    """The whole tensor. A sharded one is gathered, and cloned to drop the gather's padding."""
+    return tensor.detach().full_tensor().clone() if isinstance(tensor, DTensor) else tensor.detach()
 
 
-def rope_of(raw):
-    """rope_theta and rope_scaling from `rope_parameters`, or from their older places."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, dict):
-        raise BadModel(f"the rope is {rope!r}, not an object")
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise BadModel(f"rope type {kind!r} is not known here (known: default, llama3)")
-    theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
-    return {"rope_theta": theta, "rope_scaling": rope if kind == "llama3" else None}
-
-
-def stored_tensors(directory):
-    """{name: a slice of its file, read when it is indexed} of all tensors of a directory."""
-    return {name: file.get_slice(name) for file in open_weights(directory) for name in file.keys()
-            if not name.endswith("rotary_emb.inv_freq")}        # old checkpoints: computed here
-
-
-def refuse_other_tensors(directory, wanted, found):
-    """BadModel where the tensors of the files are not just those of the model."""
-    wrong = {"missing": wanted.keys() - found.keys(), "extra": found.keys() - wanted.keys(),
-             "of another shape": {name for name in wanted.keys() & found.keys()
-                                  if found[name].get_shape() != list(wanted[name].shape)},
-             "quantised": {name for name in found
-                           if found[name].get_dtype() not in ("F32", "F16", "BF16")}}
-    if any(wrong.values()):
-        raise BadModel(f"{directory} does not fit its config.json: " + "; ".join(
-            f"{why} {', '.join(sorted(names))}" for why, names in wrong.items() if names))
-
-
-def open_weights(directory):
-    """The safetensors files of a directory, opened; BadModel says what is wrong with them."""
-    paths = [directory / "model.safetensors"]
-    if not paths[0].is_file():
-        if not (directory / INDEX).is_file():
-            pickles = any(directory.glob("*.bin"))
-            only = "only pickles (*.bin), which are never opened" if pickles else "none"
-            raise BadModel(f"{directory} has no weights in safetensors files: {only}")
-        try:
-            text = (directory / INDEX).read_text(encoding="utf-8")
-            names = set(json.loads(text)["weight_map"].values())
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
-            raise BadModel(f"{directory / INDEX} is no index of shards") from None
-        for name in names:
-            plain = type(name) is str and Path(name).name == name and name.endswith(".safetensors")
-            if not plain or not name.isprintable():         # a NUL, or half a surrogate pair
-                raise BadModel(f"{directory / INDEX}: {name!r} is no plain name of a file")
-        paths = [directory / name for name in sorted(names)]
-    files = []
-    for path in paths:
-        try:
-            with open(path, "rb") as file:
-                if file.read(20) == b"version https://git-":
-                    raise BadModel(f"{path} is a Git LFS pointer, not the weights: `git lfs pull`")
-            files.append(safetensors.safe_open(path, framework="pt"))
-        except (safetensors.SafetensorError, OSError) as error:
-            raise BadModel(f"{path} cannot be read: {error}") from None
-    return files
-
-
-def whole(tensor):
-    """The tensor itself, or put together from the rows that several processes hold."""
-    return tensor.detach().full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def put(place, source):
-    """Copy a tensor of a file (safetensors' slice) into its place; of shared ones our own rows."""
-    if isinstance(place, DTensor):
-        mesh, place = place.device_mesh, place.to_local()
-        rows = -(-source.get_shape()[0] // mesh.size())             # as torch.chunk deals them out
-        start = min(mesh.get_local_rank() * rows, source.get_shape()[0])
-        place.copy_(source[start:start + len(place)])
-    else:
-        place.copy_(source[:])
+def copy_to_shard_(target: Tensor, source):
+    """Copy `source`, a tensor or a safetensors slice, to `target`, or this rank's rows of it."""
+    if isinstance(target, DTensor):
+        mesh, num_rows, target = target.device_mesh, target.shape[0], target.to_local()
+        rows_per_rank = -(-num_rows // mesh.size())             # rounded up, as in torch.chunk
+        start = min(mesh.get_local_rank() * rows_per_rank, num_rows)
+        source = source[start:start + len(target)]
+    target.copy_(source[:])

@@ -1,528 +1,329 @@
-"""Fine-tune a model on a thousand traces: s1's recipe (section 4.1) as one loop, top to bottom.
+"""Fine-tune a model on reasoning traces: s1's recipe (section 4.1) as one loop, top to bottom.
 
-In:   a model, and traces: the built-in Countdown teacher's or a file of yours.
-Out:  a model directory in the Hugging Face layout, with metrics.jsonl (a line a step) and run.json
-      (with the command that makes the run again, on a CPU to the same bits) in it. On the way
-      checkpoints in OUT.steps, from which --resume goes on, on a CPU to the same bits too.
+    python train.py                                   the tiny base on 1,000 Countdown traces
+    python train.py --model DIR --data traces.jsonl   another model, your traces
+    torchrun --nproc-per-node 8 -- train.py ...       each process holds a shard of every tensor
 
-With no flags it fine-tunes the tiny base on 1,000 Countdown traces. The base itself was made by the
-same loop, everything supervised: see assets/countdown-base/README.md. Larger models:
-torchrun --nproc-per-node N -- train.py ..., each process then holds its share of every tensor.
-
-Map:  arguments
-      checkpoints  whole directories, written beside and renamed; the newest one, and back into it
-      gradients    what one optimizer step learns from its sequences, over rows and processes
-      the loop     what it starts from; `train`, top to bottom; a step as a line
-      cost         floating-point operations, derived; what a run would take (--plan)
+Writes a Hugging Face model directory with metrics.jsonl (a line per step) and run.json (the command
+that repeats the run). On a CPU, a repeated or a resumed run gives the same bits.
 """
 import hashlib
 import json
 import math
 import os
-import platform
-import resource
 import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from importlib.metadata import version
 from pathlib import Path
 
-import safetensors
-import safetensors.torch
 import torch
-import torch.distributed
+import torch.distributed as dist
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
-from data import (GIVE_UP, KINDS, BadInput, Chat, Parser, at_least, complaints, deal,
-                  epoch_batches, load_examples, local, model_flags, pack, tokens_in, trace_flags)
-from model import BadModel, Transformer, put, read_config, whole
+import data
+from model import Transformer, full_tensor, read_config
+from recipe import checkpoint, cost, countdown, rows
 
 
-def arguments():
-    parser = Parser(description=__doc__.split("\n")[0])
-    add = parser.add_argument
-    model_flags(add, default="assets/countdown-base")
-    add("--scratch", action="store_true", help="random weights: take config and tokenizer only")
-    add("--data", default="countdown",
-        help="countdown, or traces: a file, a directory or a hub dataset's id")
-    add("--n", type=at_least(1),
-        help="how many examples (default: countdown 1000, a file all)")
-    add("--give-up", type=at_least(0, float, 1), default=GIVE_UP,
-        help="how likely Countdown's teacher gives up when tired")
-    add("--ask", nargs="+", choices=KINDS, default=[],
-        help="write the length of the thinking into the question, in one of these ways each")
-    trace_flags(add)
-    add("--out", default="out/student", help="directory to write the result to")
-    add("--overwrite", action="store_true", help="replace the run in --out")
-    add("--save-every", type=at_least(1), help="steps between checkpoints in OUT.steps")
-    add("--resume", action="store_true", help="go on from the newest checkpoint in OUT.steps")
-    add("--epochs", type=at_least(1), default=8, help="passes over the examples")
-    add("--max-steps", type=at_least(1), help="optimizer steps at most")
-    add("--batch-size", type=at_least(1), default=16,
-        help="sequences in an optimizer step, over all processes")
-    add("--tokens-per-batch", type=at_least(1), default=8192,
-        help="tokens in a packed row; longer examples are dropped")
-    add("--lr", type=at_least(0, float), default=2e-3, help="highest learning rate (s1, 32B: 1e-5)")
-    add("--warmup", type=at_least(0, float, 1), default=0.05,
-        help="share of the steps in which it rises; then a cosine to 0")
-    add("--weight-decay", type=at_least(0, float), default=1e-4, help="AdamW's")
-    add("--clip", type=at_least(1e-9, float), default=1.0,
-        help="largest global norm of the gradient")
-    add("--seed", type=int, default=0, help="of the examples, their order and random weights")
-    add("--recompute", action="store_true", help="less memory: each block's forward runs twice")
-    add("--compile", action="store_true", help="kernels made by torch.compile: up to minutes at "
-        "the start, needs a C++ compiler (or Triton on cuda)")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
-    add("--dtype", choices=("float32", "bfloat16"),
-        help="to compute in, weights stay float32 (default: bfloat16 on cuda)")
-    add("--save-dtype", choices=("float32", "bfloat16"), default="float32",
-        help="of the written weights")
-    cost_flags(add)
-    return parser.parse_args()
-
-
-# ---- Checkpoints ----------------------------------------------------------------------------
-# A checkpoint is a model directory with the optimizer's state beside it. Everything else of a run
-# is a function of its arguments and the step: the order of the data, the learning rate.
-
-MOMENTS = ("exp_avg", "exp_avg_sq")                 # AdamW's, of each parameter
-
-
-def save(directory, model, dtype, chat, records, optimizer=None):
-    """Write beside the final name, flush to the disk, then rename: whole or not at all.
-
-    Every process takes part, for each holds a share; the first one writes.
-    """
-    final = Path(directory)
-    draft = final.with_name(final.name + ".draft") if first_process() else None
-    if draft:
-        shutil.rmtree(draft, ignore_errors=True)
-        draft.mkdir(parents=True)
-    model.save(draft, dtype)
-    moments = {}
-    for name, p in model.named_parameters() if optimizer else ():
-        for key in MOMENTS:
-            moment = whole(optimizer.state[p][key])
-            if draft:                               # the others only give their share
-                moments[f"{key}.{name}"] = moment.cpu()
-    if not draft:
-        return
-    if optimizer:
-        safetensors.torch.save_file(moments, draft / "optimizer.safetensors")
-    chat.save(draft)
-    for name, text in records.items():
-        (draft / name).write_text(text, encoding="utf-8")
-    for path in [*draft.iterdir(), draft]:
-        handle = os.open(path, os.O_RDONLY)
-        os.fsync(handle)
-        os.close(handle)
-    if final.exists():
-        shutil.rmtree(final)
-    draft.rename(final)
-
-
-def save_step(out, done, model, optimizer, chat, run, metrics):
-    """A checkpoint after `done` steps in OUT.steps, in place of the one before it."""
-    checkpoint = Path(f"{out}.steps") / f"{done:08}"
-    save(checkpoint, model, None, chat, {"run.json": json.dumps(
-        {"run": run, "step": done, "metrics": metrics})}, optimizer)
-    if first_process():
-        for older in checkpoint.parent.iterdir():
-            if older != checkpoint:
-                shutil.rmtree(older)
-
-
-def newest(out):
-    """The newest whole checkpoint of OUT.steps and its run.json. BadInput where there is none."""
-    found = []
-    for path in sorted(Path(f"{out}.steps").glob("*")):
-        if path.name.isdecimal():
-            found.append(path)
-        else:
-            print(f"passed over {path}: half-written")
-    if not found:
-        raise BadInput(f"there is no checkpoint in {out}.steps to resume from")
-    return found[-1], json.loads((found[-1] / "run.json").read_text(encoding="utf-8"))
-
-
-def refuse_other(then, now):
-    """BadInput where a run is to be resumed that was another one, saying what differs."""
-    different = [f"--{key.replace('_', '-')} was {then.get(key)}, is {now[key]}" for key in now
-                 if then.get(key) != now[key]]
-    if different:
-        raise BadInput("this is not the run that was stopped: " + "; ".join(different))
-
-
-def restore(optimizer, model, path, step):
-    """Put the saved moments back, each process its share."""
-    with safetensors.safe_open(path / "optimizer.safetensors", framework="pt") as file:
-        for name, p in model.named_parameters():
-            state = optimizer.state[p] = {"step": torch.tensor(float(step), device=p.device)}
-            for key in MOMENTS:
-                state[key] = torch.zeros_like(p)
-                put(state[key], file.get_slice(f"{key}.{name}"))
-
-
-def origin(world):
-    """Where a run comes from: the command, and all else that its bits depend on."""
-    def git(*words):
-        done = subprocess.run(["git", *words], cwd=Path(__file__).parent, text=True,
-                              stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
-        return done.stdout.strip()
-    try:
-        changed = bool(git("status", "--porcelain", "-uno"))
-        commit = git("rev-parse", "HEAD") + " and changes" * changed
-    except OSError:
-        commit = ""                                 # no git on this machine
-    program = ["torchrun", "--nproc-per-node", str(world), "--"] if world > 1 else ["python"]
-    flags = [flag for flag in sys.argv[1:] if flag != "--resume"]       # the whole run, at once
-    return {"command": shlex.join([*program, "train.py", *flags]), "processes": world,
-            "threads": torch.get_num_threads(), "commit": commit or "unknown",
-            "versions": {"python": platform.python_version(), **{
-                name: version(name) for name in ("torch", "numpy", "tokenizers", "safetensors")}}}
-
-
-def first_process():
-    """Is this the one of torchrun's processes that prints and writes?"""
-    return not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-
-
-# ---- The gradients of a step ----------------------------------------------------------------
-
-
-def gradients(model, batch, tokens_per_batch, device, autocast=False, rank=0, world=1):
-    """Add the gradient of the batch's mean loss to the parameters': (that loss, lengths of rows).
-
-    `batch`: examples (ids, first supervised). It is cut into packed rows, one forward and backward
-    each, and the rows are dealt out to the processes; the gradient is the same however it is cut.
-    For the loss of a step is the mean over all its supervised tokens: they are counted before the
-    first row, and each row's sum is divided by that count. A mean of the rows' means would weigh
-    the tokens of a short row more.
-    """
-    supervised = sum(len(ids) - first for ids, first in batch)
-    rows, nothing = deal(batch, tokens_per_batch, world), [([0], 1)]
-    total = torch.zeros((), device=device)
-    # All processes take as many rows: one that has none left computes a token for nothing.
-    for row in map(pack, (rows + [nothing] * (-len(rows) % world))[rank::world]):
-        ids, positions = row["ids"].to(device), row["positions"].to(device)
-        with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=autocast):
-            loss, _ = model(ids, positions, row["lengths"], row["targets"])
-        (loss / supervised * world).backward()      # fully_shard takes the mean over processes
-        total += loss.detach() / supervised
-    if world > 1:
-        torch.distributed.all_reduce(total)
-    return total, [tokens_in(row) for row in rows]
-
-
-def share(model, kind, world, autocast):
-    """Deal the model's parameters out to the processes of torchrun (PyTorch's fully_shard).
-
-    They are gathered block by block to be computed with, in bf16 under autocast; gradients are
-    summed in float32. Inputs are not cast, for the angles of the positions stay float32.
-    """
-    options = {"mesh": torch.distributed.init_device_mesh(kind, (world,)),
-               "mp_policy": MixedPrecisionPolicy(
-                   param_dtype=torch.bfloat16 if autocast else None,
-                   reduce_dtype=torch.float32, cast_forward_inputs=False)}
-    for block in model.model.layers:
-        fully_shard(block, **options)
-    fully_shard(model, **options)
-
-
-# ---- The loop -------------------------------------------------------------------------------
-
-
-def learning_rate(step, steps, highest, warmup):
+def learning_rate(step: int, num_steps: int, max_lr: float, warmup: float) -> float:
     """Linear from 0 over the first share `warmup` of the steps, then half a cosine down to 0."""
-    rising = max(1, round(warmup * steps))
-    if step < rising:
-        return highest * (step + 1) / rising
-    return highest * 0.5 * (1 + math.cos(math.pi * (step - rising) / max(1, steps - rising)))
+    warmup_steps = max(1, round(warmup * num_steps))
+    if step < warmup_steps:
+        return max_lr * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, num_steps - warmup_steps)
+    return max_lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def may_write(out, overwrite, resume):
-    """BadInput, before the training and not after it, where `out` holds what is not to be lost."""
-    if out.exists() and not overwrite:
-        raise BadInput(f"{out} is there already: choose another --out, or --overwrite it")
-    if out.exists() and not (out / "run.json").is_file():
-        raise BadInput(f"{out} holds no run of this program, so it is not overwritten")
-    if any(Path(f"{out}.steps").glob("*")) and not overwrite and not resume:
-        raise BadInput(f"a run that was stopped is in {out}.steps: --resume it, or --overwrite it")
-    out.parent.mkdir(parents=True, exist_ok=True)
+def accumulate_gradients(model, batch: list, max_tokens: int, device: torch.device,
+                         autocast=False, rank=0, world_size=1) -> tuple[torch.Tensor, int]:
+    """Adds the gradient of the batch's mean loss; returns that loss and the number of packed rows.
 
-
-def read_examples(args, chat, config):
-    """The examples (ids, index of the first supervised token), and the number of optimizer steps.
-
-    An over-long one is dropped, never cut: a trace without its end teaches to think without end
-    (s1, section 4.1). BadInput where none is left.
+    The loss of an optimizer step is the mean over all its supervised tokens: every rank divides
+    the summed loss of each of its rows by the count of the whole batch. A mean of the rows' means
+    would give the tokens of short rows more weight, and depend on how the batch is packed.
     """
-    examples = load_examples(args.data, chat, args.n, args.seed, args.give_up, args.ask,
-                             teacher=args.teacher)
-    longest = min(args.tokens_per_batch, config.max_position_embeddings)
-    kept = [example for example in examples if len(example[0]) <= longest]
-    if not kept:
-        raise BadInput(f"all {len(examples)} examples are longer than {longest} tokens")
-    steps = args.epochs * math.ceil(len(kept) / args.batch_size)
-    print(f"{len(kept):,} examples, {tokens_in(kept):,} tokens a pass, "
-          f"{len(examples) - len(kept)} dropped as longer than {longest:,}", flush=True)
-    return kept, min(steps, args.max_steps or steps)
-
-
-def start(args, config, source, device, world, autocast):
-    """The model on its device, shared out over the processes, and its optimizer."""
-    def prepare(model):
-        model.recompute = args.recompute
-        if args.compile:
-            model.compile_kernels()
-        if world > 1:
-            share(model, torch.device(device).type, world, autocast)
-
-    if args.scratch and not args.resume:
-        model = Transformer(config).init_weights(args.seed).to(device)
-        prepare(model)
-    else:
-        model = Transformer.load(source, device=device, prepare=prepare)
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    vectors = [p for p in model.parameters() if p.dim() < 2]        # norms and biases do not decay
-    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
-                                   {"params": vectors, "weight_decay": 0.0}],
-                                  lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
-    parameters = sum(p.numel() for p in model.parameters())
-    print(f"{parameters:,} parameters on {world} x {torch.device(device).type}", flush=True)
-    return model.train(), optimizer
+    num_supervised = sum(len(ids) - prompt_length for ids, prompt_length in batch)
+    packed = data.pack_sequences(batch, max_tokens, world_size)
+    # Every rank runs the same number of rows. A row of one unsupervised token adds nothing.
+    packed += [[([0], 1)]] * (-len(packed) % world_size)
+    loss = torch.zeros((), device=device)
+    for row in map(data.collate, packed[rank::world_size]):
+        ids, positions = row["ids"].to(device), row["positions"].to(device)         # (1, T)
+        with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
+            row_loss, _ = model(ids, positions, row["lengths"], row["labels"])      # a sum
+        # fully_shard averages gradients over the ranks: times world_size makes it a sum.
+        (row_loss / num_supervised * world_size).backward()
+        loss += row_loss.detach() / num_supervised
+    if world_size > 1:
+        dist.all_reduce(loss)
+    return loss, len(packed)
 
 
 def train(args):
-    out, source = Path(args.out), local(args.model, weights=not args.plan)
-    if not args.plan:
-        may_write(out, args.overwrite, args.resume)
-    chat, config = Chat(source, args.chat, args.thinking), read_config(source)
-    chat.refuse_more_than(config.vocab_size)
+    # One process, or one for each device under torchrun.
+    rank, world_size = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    device = torch.device(args.device)
+    if world_size > 1:
+        if device.type == "cuda":               # before anything else touches CUDA
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")      # only rank 0 prints
+    out, steps = Path(args.out), Path(f"{args.out}.steps")
+    check_output(args, out, steps)
 
-    # One process, or as many as torchrun started: each with a device of its own.
-    world, rank = int(os.environ.get("WORLD_SIZE", 1)), int(os.environ.get("RANK", 0))
-    kind = torch.device(args.device).type
-    device = f"cuda:{os.environ['LOCAL_RANK']}" if kind == "cuda" and world > 1 else args.device
-    if world > 1:
-        torch.distributed.init_process_group("nccl" if kind == "cuda" else "gloo")
-    if rank:
-        sys.stdout = open(os.devnull, "w")          # the first process speaks for all
-
-    examples, steps = read_examples(args, chat, config)
-    if args.plan:
-        return plan(args, config, examples, steps)
-    # What a run is a function of. Anything else may change when it is resumed.
-    run = {key: value for key, value in vars(args).items() if key not in (
-        "out", "overwrite", "save_every", "resume", "plan", "devices", "device_tflops",
-        "device_memory_gb", "mfu", "usd_per_hour", "save_dtype")}
-    run["data"] = hashlib.sha256(json.dumps(examples).encode()).hexdigest()[:16]
-    done, metrics = 0, []
-    if args.resume:
-        source, state = newest(out)
-        refuse_other(state["run"], run)
-        done, metrics = state["step"], state["metrics"]
-        print(f"resumed from {source}, step {done}", flush=True)
-    autocast = args.dtype == "bfloat16" or args.dtype is None and kind == "cuda"
-    model, optimizer = start(args, config, source, device, world, autocast)
-    if args.resume:
-        restore(optimizer, model, source, done)
-
-    stop = hear_ctrl_c()
+    source = data.resolve_model(args.model)
+    chat, config, examples = load_examples(args, source)
     batches = [batch for epoch in range(args.epochs)
-               for batch in epoch_batches(examples, args.batch_size, args.seed, epoch)]
-    bar = tqdm(range(done, steps), unit="step", disable=None if rank == 0 else True,
-               initial=done, total=steps, dynamic_ncols=True)
-    for step in bar:
-        batch, began = batches[step], time.perf_counter()
-        loss, rows = gradients(model, batch, args.tokens_per_batch, device, autocast, rank, world)
-        norm = whole(torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip))
+               for batch in data.epoch_batches(examples, args.batch_size, args.seed, epoch)]
+    num_steps = min(len(batches), args.max_steps or len(batches))
+
+    # The weights are float32. Autocast casts them to bf16 where they are multiplied.
+    autocast = (args.dtype or {"cuda": "bfloat16"}.get(device.type)) == "bfloat16"
+    model = load_model(args, source, device, world_size, autocast)
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    vectors = [p for p in model.parameters() if p.dim() < 2]        # norms and biases
+    optimizer = torch.optim.AdamW([{"params": matrices, "weight_decay": args.weight_decay},
+                                   {"params": vectors, "weight_decay": 0.0}],
+                                  lr=args.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    run, first_step, metrics = identity(args, examples, world_size), 0, []
+    if args.resume:
+        first_step, metrics = checkpoint.load_latest(steps, run, model, optimizer, rank)
+
+    interrupted = install_signal_handler()
+    for step in tqdm(range(first_step, num_steps), initial=first_step, total=num_steps, unit="step",
+                     dynamic_ncols=True, disable=None if rank == 0 else True):
+        start, batch = time.perf_counter(), batches[step]
+        loss, num_rows = accumulate_gradients(
+            model, batch, args.tokens_per_batch, device, autocast, rank, world_size)
+        norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip))
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, args.lr, args.warmup)
-        if not torch.isfinite(norm + loss):
-            begin = "; ".join(repr(chat.decode(ids[first:first + 12])) for ids, first in batch[:3])
-            raise BadInput(f"step {step + 1}: loss {loss:.3g}, gradient {norm:.3g}; the weights "
-                           f"were not touched. Its examples begin with: {begin}")
+            group["lr"] = learning_rate(step, num_steps, args.lr, args.warmup)
+        if not torch.isfinite(loss + norm):
+            begin = [chat.decode(ids[prompt:prompt + 12]) for ids, prompt in batch[:3]]
+            raise ValueError(f"step {step + 1}: loss {loss:.3g}, gradient norm {norm:.3g}; the "
+                             f"weights were not updated. Its examples begin with {begin}")
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
-        loss, norm = loss.item(), norm.item()       # waits for the device
-        metrics.append({"step": step, "loss": loss, "lr": group["lr"], "grad_norm": norm,
-                        "room": len(rows) * args.tokens_per_batch, "places": places(rows, world),
-                        "memory_bytes": memory(kind),
-                        **speed(batch, time.perf_counter() - began, config, args, world)})
-        tqdm.write(line(metrics[-1], steps))        # above the bar
+        loss, norm = loss.item(), norm.item()   # waits for the device
+        seconds = time.perf_counter() - start
+        flops = cost.flops(config, [len(ids) for ids, _ in batch],
+                           sum(len(ids) - prompt for ids, prompt in batch))
+        peak = world_size * (args.device_tflops or 0) * 1e12
+        metrics.append({
+            "step": step, "loss": loss, "lr": group["lr"], "grad_norm": norm, "seconds": seconds,
+            "tokens": data.count_tokens(batch), "capacity": num_rows * args.tokens_per_batch,
+            "flops": flops, "mfu": flops / seconds / peak if peak else None,
+            "memory_bytes": peak_memory(device)})
+        tqdm.write(format_step(metrics[-1], num_steps))
         sys.stdout.flush()
-        stopping = anyone(bool(stop), world, device)
-        if stopping or args.save_every and (step + 1) % args.save_every == 0 and step + 1 < steps:
-            save_step(out, step + 1, model, optimizer, chat, run, metrics)
-        if stopping:
-            print(f"stopped after step {step + 1}: --resume goes on from {out}.steps")
+        done, stop = step + 1, torch.tensor(float(len(interrupted)), device=device)
+        if world_size > 1:
+            dist.all_reduce(stop)               # Ctrl-C may reach only one machine
+        if stop or args.save_every and done % args.save_every == 0 and done < num_steps:
+            checkpoint.save(steps, done, run, metrics, model, optimizer, rank)
+        if stop:
+            print(f"stopped after step {done}: --resume continues from {steps}")
             raise KeyboardInterrupt
 
-    save(out, model, getattr(torch, args.save_dtype), chat, {
-        "metrics.jsonl": "".join(json.dumps(row) + "\n" for row in metrics),
-        "run.json": json.dumps({**origin(world), "data": run["data"], "arguments": vars(args)},
-                               indent=2) + "\n"})
+    draft = out.with_name(out.name + ".draft")
     if rank == 0:
-        shutil.rmtree(f"{out}.steps", ignore_errors=True)       # the run is whole
-    summarise(args, metrics, world)
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir()
+        chat.save(draft)
+        (draft / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in metrics))
+        (draft / "run.json").write_text(json.dumps(run_metadata(args, run), indent=2) + "\n")
+    model.save(draft if rank == 0 else None, getattr(torch, args.save_dtype))
+    if rank == 0:
+        checkpoint.commit(draft, out)
+        shutil.rmtree(steps, ignore_errors=True)
+    print_summary(args, metrics, world_size)
 
 
-def hear_ctrl_c():
-    """A list that Ctrl-C makes true: the step ends, is saved, and the run stops. A second Ctrl-C
-    stops at once."""
-    heard = []
+def load_examples(args, source: str) -> tuple:
+    """The chat format, the config, and the examples that fit into a row and the model's context.
 
-    def hear(*_):
-        heard.append(True)
+    Longer ones are dropped, not truncated: a trace without its end teaches the model to think
+    without end (s1, section 4.1).
+    """
+    chat, config = data.Chat(source, args.system, args.thinking), read_config(source)
+    table = None if args.data == "countdown" else rows.read_rows(args.data, args.split)
+    if table and "ids" in table[0][1] and not args.ask:             # pre-training
+        examples = rows.token_examples(table[:args.n], chat.tokenizer.get_vocab_size())
+    else:
+        traces = (rows.load_traces(args.data, None, args.teacher, args.columns, table) if table else
+                  countdown.traces(args.n or 1000, args.seed, args.give_up, len(args.ask)))
+        if args.ask:
+            traces = list(countdown.add_length_prompts(
+                traces, lambda text: len(chat.encode(text)), args.ask))
+        examples = [chat.example(*trace) for trace in traces[:args.n]]
+    longest = min(args.tokens_per_batch, config.max_position_embeddings)
+    kept = [example for example in examples if len(example[0]) <= longest]
+    if not kept:
+        raise ValueError(f"all {len(examples)} examples are longer than {longest} tokens")
+    print(f"{len(kept):,} examples, {data.count_tokens(kept):,} tokens per epoch, "
+          f"{len(examples) - len(kept)} dropped as longer than {longest:,}", flush=True)
+    return chat, config, kept
+
+
+def load_model(args, source: str, device: torch.device, world_size: int, autocast: bool):
+    """The model in training mode. Under torchrun every rank holds a shard of each parameter."""
+    def prepare(model):
+        model.gradient_checkpointing = args.gradient_checkpointing
+        if args.compile:
+            model.compile_kernels()
+        if world_size > 1:
+            # Each block is gathered while it computes, in bf16 under autocast; gradients are summed
+            # in float32. The rotary embedding needs inputs in float32.
+            policy = MixedPrecisionPolicy(torch.bfloat16 if autocast else None, torch.float32,
+                                          cast_forward_inputs=False)
+            mesh = dist.init_device_mesh(device.type, (world_size,))
+            for module in (*model.model.layers, model):
+                fully_shard(module, mesh=mesh, mp_policy=policy)
+
+    if args.scratch:
+        model = Transformer(read_config(source)).init_weights(args.seed).to(device)
+        prepare(model)
+    else:
+        model = Transformer.load(source, device=device, prepare=prepare)
+    num_parameters = sum(p.numel() for p in model.parameters())
+    print(f"{num_parameters:,} parameters on {world_size} x {device.type}", flush=True)
+    return model.train()
+
+
+def install_signal_handler() -> list:
+    """A list that Ctrl-C adds to. A second Ctrl-C raises KeyboardInterrupt at once."""
+    received = []
+
+    def handle(signum, frame):
+        received.append(signum)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGINT, hear)
-    return heard
+    signal.signal(signal.SIGINT, handle)
+    return received
 
 
-def anyone(heard, world, device):
-    """Has one of the processes heard it? Ctrl-C does not reach those on another machine."""
-    if world == 1:
-        return heard
-    heard = torch.tensor(float(heard), device=device)
-    torch.distributed.all_reduce(heard, torch.distributed.ReduceOp.MAX)
-    return bool(heard)
+def check_output(args, out: Path, steps: Path) -> None:
+    if out.exists() and not (args.overwrite and (out / "run.json").is_file()):
+        raise ValueError(f"{out} exists: choose another --out, or --overwrite a result of train.py")
+    if any(steps.glob("*")) and not args.overwrite and not args.resume:
+        raise ValueError(f"{steps} holds a stopped run: --resume or --overwrite it")
+    out.parent.mkdir(parents=True, exist_ok=True)
 
 
-def speed(batch, seconds, config, args, world):
-    """What a step computed, and how fast; MFU is its share of the devices' peak."""
-    lengths = [len(ids) for ids, _ in batch]
-    cost = flops(config, lengths, sum(len(ids) - first for ids, first in batch))
-    peak = world * (args.device_tflops or 0) * 1e12
-    return {"tokens": sum(lengths), "seconds": seconds, "tokens_per_second": sum(lengths) / seconds,
-            "flops": cost, "mfu": cost / seconds / peak if peak else None}
+def identity(args, examples: list, world_size: int) -> dict:
+    """What the weights depend on. A run may only be resumed with the same values."""
+    other = {"out", "overwrite", "save_every", "resume", "save_dtype", "debug", "cost", "devices",
+             "device_tflops", "device_memory_gb", "mfu", "usd_per_hour"}
+    arguments = {key: value for key, value in vars(args).items() if key not in other}
+    digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()[:16]
+    return {**arguments, "data": digest, "processes": world_size}
 
 
-def places(lengths, world):
-    """What all processes could have computed in the time: of each round the longest row's tokens,
-    times the processes."""
-    return world * sum(max(lengths[i:i + world]) for i in range(0, len(lengths), world))
+def run_metadata(args, run: dict) -> dict:
+    """What run.json holds: the command that repeats the run, and what its bits depend on."""
+    n, flags = run["processes"], [flag for flag in sys.argv[1:] if flag != "--resume"]
+    launcher = ["torchrun", "--nproc-per-node", str(n), "--"] if n > 1 else ["python"]
+    folder = shlex.quote(str(Path(__file__).parent))
+    status, commit = subprocess.getstatusoutput(f"git -C {folder} describe --always --dirty")
+    return {"command": shlex.join([*launcher, "train.py", *flags]), "processes": n,
+            "threads": torch.get_num_threads(), "commit": "unknown" if status else commit,
+            "versions": {"python": sys.version.split()[0], "torch": torch.__version__},
+            "data": run["data"], "arguments": vars(args)}
 
 
-def memory(device):
-    """The most memory this process has held, in bytes: of the GPU, else its resident memory."""
-    if device == "cuda":
-        return torch.cuda.max_memory_allocated()
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held: on the GPU, or in RAM (0 if unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if os.name != "posix":                      # Windows has no `resource`
+        return 0
+    import resource
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def line(row, steps):
-    """A step as a line."""
+def format_step(row: dict, num_steps: int) -> str:
     mfu = "" if row["mfu"] is None else f"  MFU {100 * row['mfu']:.1f}%"
-    left = (steps - row["step"] - 1) * row["seconds"]
-    return (f"step {row['step'] + 1}/{steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
-            f"norm {row['grad_norm']:.3f}  {row['tokens_per_second']:,.0f} tokens/s{mfu}  "
-            f"{row['memory_bytes'] / 1e9:.2f} GB  {left / 60:.1f} min left")
+    minutes = (num_steps - row["step"] - 1) * row["seconds"] / 60
+    return (f"step {row['step'] + 1}/{num_steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
+            f"norm {row['grad_norm']:.3f}  {row['tokens'] / row['seconds']:,.0f} tokens/s{mfu}  "
+            f"{row['memory_bytes'] / 1e9:.2f} GB  {minutes:.1f} min left")
 
 
-def summarise(args, metrics, world):
-    """What the run took and came to; the last loss is the mean of the last twentieth of it."""
-    total = {key: sum(row[key] for row in metrics)
-             for key in ("tokens", "room", "places", "flops", "seconds")}
-    hours, last = total["seconds"] * world / 3600, metrics[-max(1, len(metrics) // 20):]
-    busy, full = (100 * total["tokens"] / total[key] for key in ("places", "room"))
-    print((f"rows {full:.1f}% full" if world == 1 else f"devices {busy:.1f}% busy, the rest of the "
-           "time they wait for the longest row") +
-          f"; {total['flops']:.3g} FLOPs, {hours:.3f} device-hours"
-          + (f", {hours * args.usd_per_hour:.2f} dollars" if args.usd_per_hour else ""))
-    print(f"{len(metrics)} steps, {total['tokens']:,} tokens in {total['seconds']:.0f} s "
-          f"({total['tokens'] / total['seconds']:,.0f} a second), loss {metrics[0]['loss']:.3f} -> "
-          f"{sum(row['loss'] for row in last) / len(last):.3f}, written to {args.out}")
+def print_summary(args, metrics: list, world_size: int) -> None:
+    """Prints the totals of the run. Its final loss is the mean over the last 5% of the steps."""
+    tokens, capacity, flops, seconds = (
+        sum(row[key] for row in metrics) for key in ("tokens", "capacity", "flops", "seconds"))
+    last = [row["loss"] for row in metrics[-max(1, len(metrics) // 20):]]
+    hours = world_size * seconds / 3600
+    price = f", {hours * args.usd_per_hour:.2f} dollars" if args.usd_per_hour else ""
+    print(f"rows {100 * tokens / capacity:.1f}% full; {flops:.3g} FLOPs, "
+          f"{hours:.3f} device-hours{price}")
+    print(f"{len(metrics)} steps, {tokens:,} tokens in {seconds:.0f} s "
+          f"({tokens / seconds:,.0f} a second), loss {metrics[0]['loss']:.3f} -> "
+          f"{sum(last) / len(last):.3f}, written to {args.out}")
 
 
-# ---- Cost -----------------------------------------------------------------------------------
-
-
-def flops(config, lengths, supervised):
-    """Floating-point operations of a forward and backward pass over documents of these lengths.
-
-    A matrix of n numbers costs 2n a token forward and twice that backward: 6n; the head only for
-    supervised tokens, as the loss drops the others. Attention in a document of T tokens multiplies
-    (T, D) by (D, T) and (T, T) by (T, D) in each head, 4 T^2 D; causality needs half of it, and
-    backward is twice forward: 6 T^2 D for each head of each layer.
-    """
-    C, D, L = config.hidden_size, config.head_dim, config.num_hidden_layers
-    H, K = config.num_attention_heads, config.num_key_value_heads
-    layer = 2 * C * H * D + 2 * C * K * D + 3 * C * config.intermediate_size
-    return (6 * L * layer * sum(lengths) + 6 * C * config.vocab_size * supervised
-            + 6 * L * H * D * sum(T * T for T in lengths))
-
-
-def cost_flags(add):
-    add("--plan", action="store_true", help="compute what the run would take, and stop")
-    add("--devices", type=at_least(1), default=1, help="for --plan: how many")
-    add("--device-tflops", type=at_least(1e-6, float), help="a device's peak, for MFU and --plan")
-    add("--device-memory-gb", type=at_least(0, float), default=80, help="for --plan")
-    add("--mfu", type=at_least(0.001, float, 1), default=0.4, help="for --plan: share of the peak")
-    add("--usd-per-hour", type=at_least(0, float), help="price of a device")
-
-
-def plan(args, config, examples, steps):
-    """Print memory, time and price of the run on the machine that the flags describe. It takes the
-    --mfu to be the share of all devices' peak, their waiting for the longest row included."""
-    if not args.device_tflops:
-        raise BadInput("--plan needs --device-tflops for the time")
+def print_cost(args) -> None:
+    """Prints the memory, time and price of the run on the devices that the flags describe."""
+    _, config, examples = load_examples(args, data.resolve_model(args.model, weights=False))
     with torch.device("meta"):
         model = Transformer(config)
-    parameters = sum(p.numel() for p in model.parameters())
-    block = sum(p.numel() for p in model.model.layers[0].parameters())
-    C, T, head = config.hidden_size, args.tokens_per_batch, config.hidden_size * config.vocab_size
-    # What a block keeps for backward, a token, in bf16. Of width C: its input, what follows the
-    # attention, and each norm's rows before and after they are scaled; q, k, v and the attention's
-    # output; gate, its silu, up and their product. With --recompute the input alone, and one
-    # block's whole share at a time.
-    heads = config.num_attention_heads + config.num_key_value_heads
-    kept = 2 * (6 * C + 2 * heads * config.head_dim + 4 * config.intermediate_size)
-    layers = config.num_hidden_layers
-    activations = {False: T * layers * kept, True: T * (layers * 2 * C + kept)}
-    parts = {"weights, gradients and AdamW, float32": 16 * parameters / args.devices,
-             "the head, bf16": 2 * head,
-             "activations": activations[args.recompute],
-             "gradient of the head, float32": 4 * head}
-    if args.devices > 1:
-        parts["the embedding and two blocks gathered, bf16"] = 2 * (head + 2 * block)
-    need, room = sum(parts.values()), args.device_memory_gb * 1e9
-    print(f"{parameters:,} parameters; memory of each of {args.devices} devices:")
-    for name, size in parts.items():
-        print(f"  {size / 1e9:8.2f} GB  {name}")
-    saved = activations[False] - activations[True]
-    advice = ("" if need <= room else ": --recompute makes it fit"
-              if not args.recompute and need - saved <= room else
-              ": more --devices, or a smaller --tokens-per-batch")
-    print(f"  {need / 1e9:8.2f} GB  of {args.device_memory_gb:g}: "
-          f"it {'fits' if need <= room else 'does not fit'}{advice}")
-    count = min(steps * args.batch_size, args.epochs * len(examples))
-    share = count / len(examples)
-    tokens = share * tokens_in(examples)
-    total = share * sum(flops(config, [len(ids)], len(ids) - first) for ids, first in examples)
-    print(f"{steps:,} steps, {tokens:,.0f} tokens, {total:.3g} FLOPs")
-    if args.devices > 1:
-        batches = [[tokens_in(row) for row in deal(batch, T, args.devices)]
-                   for batch in epoch_batches(examples, args.batch_size, args.seed, 0)]
-        busy = sum(map(sum, batches)) / sum(places(rows, args.devices) for rows in batches)
-        print(f"devices {100 * busy:.1f}% busy: the rest of the time they wait for the longest row")
-    seconds = total / (args.devices * args.device_tflops * 1e12 * args.mfu)
-    price = args.devices * seconds / 3600 * (args.usd_per_hour or 0)
-    print(f"{seconds / 60:,.1f} minutes at {100 * args.mfu:g}% of the peak, "
-          f"{args.devices * seconds / 3600:,.2f} device-hours"
-          + (f", {price:,.2f} dollars" if args.usd_per_hour else ""))
+    sizes = [sum(p.numel() for p in part.parameters()) for part in (model, model.model.layers[0])]
+    epoch = list(data.epoch_batches(examples, args.batch_size, args.seed, 0))
+    num_steps = min(args.epochs * len(epoch), args.max_steps or math.inf)
+    row_lengths = [[data.count_tokens(row) for row in data.pack_sequences(
+        batch, args.tokens_per_batch, args.devices)] for batch in epoch]
+    cost.print_memory(args, config, *sizes)
+    cost.print_time(args, config, num_steps, [len(ids) for ids, _ in examples],
+                    sum(len(ids) - prompt for ids, prompt in examples), row_lengths)
 
 
 def main():
-    args = arguments()
-    with complaints(BadModel, safetensors.SafetensorError):
-        train(args)
+    parser = data.ArgumentParser(description=__doc__.split("\n")[0])
+    add, at_least = parser.add_argument, data.at_least
+    positive, share = at_least(1), at_least(0, float, 1)
+    data.add_model_arguments(add, default="assets/countdown-base")
+    add("--scratch", action="store_true", help="random weights; take config and tokenizer only")
+    add("--data", default="countdown", help="countdown, or traces: a file, folder or hub dataset")
+    rows.add_trace_arguments(add)
+    add("--n", type=positive, help="number of examples (default: 1000 of countdown, else all)")
+    add("--give-up", type=share, default=countdown.GIVE_UP, help="how likely its teacher gives up")
+    add("--ask", nargs="+", choices=list(countdown.LENGTH_PROMPTS), default=[],
+        help="kinds of length limits to write into the questions")
+    add("--out", default="out/student", help="directory of the result")
+    add("--overwrite", action="store_true", help="replace the run in --out")
+    add("--save-every", type=positive, help="steps between checkpoints in OUT.steps")
+    add("--resume", action="store_true", help="continue from the newest checkpoint in OUT.steps")
+    add("--epochs", type=positive, default=8, help="passes over the examples")
+    add("--max-steps", type=positive, help="stop after this many optimizer steps")
+    add("--batch-size", type=positive, default=16, help="sequences per step, over all processes")
+    add("--tokens-per-batch", type=positive, default=8192, help="length of a packed row")
+    add("--lr", type=at_least(0, float), default=2e-3, help="peak learning rate (s1, 32B: 1e-5)")
+    add("--warmup", type=share, default=0.05, help="share of the steps in which it rises")
+    add("--weight-decay", type=at_least(0, float), default=1e-4, help="weight decay of matrices")
+    add("--grad-clip", type=at_least(1e-9, float), default=1.0, help="largest gradient norm")
+    add("--seed", type=int, default=0, help="of the examples, their order and random weights")
+    add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
+    add("--compile", action="store_true", help="torch.compile; takes minutes at the start")
+    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps")
+    add("--dtype", choices=("float32", "bfloat16"), help="to compute in; bfloat16 on cuda")
+    add("--save-dtype", choices=("float32", "bfloat16"), default="float32", help="of the result")
+    add("--cost", action="store_true", help="print memory, time and price of the run, and stop")
+    add("--devices", type=positive, default=1, help="for --cost: how many")
+    add("--device-tflops", type=at_least(1e-6, float), help="a device's peak, for MFU and --cost")
+    add("--device-memory-gb", type=at_least(0, float), default=80, help="for --cost")
+    add("--mfu", type=at_least(0.001, float, 1), default=0.4, help="for --cost: share of the peak")
+    add("--usd-per-hour", type=at_least(0, float), help="price of a device")
+    args = parser.parse_args()
+    with data.exit_on_user_error(args.debug):
+        print_cost(args) if args.cost else train(args)
 
 
 if __name__ == "__main__":

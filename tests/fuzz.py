@@ -1,514 +1,435 @@
-"""Put broken input through all that reads what others wrote, and see it refused in one line.
+"""Feed broken input to everything that reads files or text from outside.
 
     python tests/fuzz.py                        every target, 10,000 inputs each
     python tests/fuzz.py answers rows --n 500   these targets, fewer inputs
-    python tests/fuzz.py rows --only 1234       one input again, with its whole traceback
+    python tests/fuzz.py rows --only 1234       one input, with its traceback
 
-A target is a function of (rng, room): it makes one input by chance, writes it into the directory
-`room` where a file is wanted, and says whether it was accepted. A fault is an exception that is no
-documented refusal, an input that takes more than a second of processor time, a line on the terminal
-that is more than text, or an assertion of the target's own: a file that came to harm, a result that
-is plainly wrong. An input is a pure function of (target, seed, number); with a fault the exit code
-is 1.
+A target is a function of (rng, directory) that makes a random input, uses it, and returns whether
+it was accepted. These are faults: an exception that `data.exit_on_user_error` does not turn into
+one line, more than SECONDS of processor time, control characters on the terminal, and an assertion
+of the target. An input is a function of (target, seed, number). With a fault the exit code is 1.
 """
 import argparse
-import ast
 import contextlib
 import copy
-import email.message
 import io
 import json
 import math
-import operator
 import random
+import re
 import resource
-import shutil
 import signal
 import sys
 import tempfile
 import time
 import traceback
 from pathlib import Path
+from shutil import copytree
 from types import SimpleNamespace
+from unittest import mock
 
 import torch
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
-import data  # noqa: E402  (the programs lie beside tests/)
-from model import INDEX, BadModel, Transformer, read_config  # noqa: E402
 
-FIXTURES, BASE = ROOT / "tests" / "fixtures", ROOT / "assets" / "countdown-base"
-SECONDS = 1.0               # of processor time for one input, so that busy neighbours do not count
+import data  # noqa: E402
+from model import Transformer, read_config  # noqa: E402
+from recipe import countdown, grading, rows, selection, teacher  # noqa: E402
 
-# ---- Breaking things ------------------------------------------------------------------------
+FIXTURES = ROOT / "tests" / "fixtures"
+INDEX = "model.safetensors.index.json"
+FAMILIES = ("qwen2", "qwen3", "llama", "r1")
+# Processor time of an input. Grading may take as long as math-verify's own time limits.
+SECONDS = {"template": 10, "answers": 3 * 3 * grading.MAX_SECONDS}
 
-# Values that a reader did not think of. "@..." stand for what json.dumps would not write: see
-# `written`. Half a surrogate pair is valid JSON; \x1b[2J clears a terminal.
-ODD = (None, True, False, 0, 1, -1, 2, 3, 7, 0.5, -0.0, 10**9, -(10**30), 10**30, 10**400, 1e308,
-       5e-324, math.nan, math.inf, -math.inf, "", " ", "x", "5", "false", "\ud800", "a\0b", "²",
-       "٣", "\x1b[2J\r\n", "../x.safetensors", "\ud800.safetensors", "\0.safetensors", "{", "}",
-       "{question}", "\\boxed{", "x" * 5000, [], {}, [[]], [None], [1, "x"], {"x": 1}, "@digits",
-       "@deep", "@nested", "@float")
+# ---- Random changes -------------------------------------------------------------------------
+
+# Values of unexpected types and sizes. Half a surrogate pair is valid JSON; \x1b[2J clears the
+# terminal. RAW replaces the strings "@..." by JSON that json.dumps does not write.
+VALUES = (None, True, False, 0, 1, -1, 2, 3, 7, 0.5, -0.0, 10**9, -(10**30), 10**30, 10**400, 1e308,
+          5e-324, math.nan, math.inf, -math.inf, "", " ", "x", "5", "false", "\ud800", "a\0b", "²",
+          "٣", "\x1b[2J\r\n", "../x.safetensors", "\ud800.safetensors", "\0.safetensors", "{", "}",
+          "\\boxed{", "x" * 5000, [], {}, [[]], [None], [1, "x"], {"x": 1}, [2**63], [-1, 5],
+          "F16", "F64", "I32", "@digits", "@deep", "@nested", "@float")
 RAW = {'"@digits"': "9" * 5000, '"@deep"': "[" * 100_000, '"@float"': "1e999",
        '"@nested"': "[" * 500 + "]" * 500}
-SCRAPS = ("{", "}", "{{", "(", ")", "[", "]", "|", "\\boxed{", "Answer:", "9^9^9^9", "9" * 400,
-          "1e999", "²", "٣", "½", "\ud800", "\u2028", "\0", "\x1b[2J", "\\frac", "\\sqrt[",
-          "\\begin{pmatrix}", "\\end", "&", "\\\\", "^", "_", "!", "\\pm ", "\\text{", "\\sin", "=",
-          ",", "-", ".", "$",
-          "a" * 40, "aa ", " ", "\t", "\n", "1.", "<think>", "</think>", "figure ", "1/7^{99}+",
-          "(" * 60, "-" * 600, "\\{1,2\\},", "7!", "é", "0" * 9, "1,111,")
+TEXTS = ("{", "}", "(", ")", "[", "]", "|", "\\boxed{", "Answer:", "9^9^9^9", "9" * 400, "1e999",
+         "²", "٣", "½", "\ud800", "\u2028", "\0", "\x1b[2J", "\\frac", "\\sqrt[", "\\end", "&", "^",
+         "\\begin{pmatrix}", "\\\\", "_", "!", "\\pm ", "\\text{", "\\sin", "=", ",", "-", ".", "$",
+         "a" * 40, "aa ", " ", "\t", "\n", "1.", "<think>", "</think>", "figure ", "1/7^{99}+",
+         "(" * 60, "-" * 600, "\\{1,2\\},", "7!", "é", "0" * 9, "1,111,", "*", " 1", "\u00a0")
 BYTES = (b"\xff", b"\0", b"\xed\xa0\x80", b"\xef\xbb\xbf", b"\n", b"\r\n", b"{", b"}", b'"', b",",
          b"\\", b"9" * 5000, b"-", b"[" * 100_000, b"NaN", b"\xe2\x80", b'"\\ud800"')
 
 
-def edited(rng, text, scraps):
-    """A text or bytes with a few places deleted, doubled, replaced, cut or repeated many times."""
+def edit(rng, text, parts=TEXTS):
+    """A string or bytes with a few parts deleted, repeated, replaced or cut off."""
     for _ in range(rng.choice((1, 1, 1, 2, 3, 6))):
         i = rng.randint(0, len(text))
         j = min(len(text), i + rng.choice((0, 1, 2, 5, 20, len(text))))
-        scrap, many = rng.choice(scraps), rng.choice((2, 3, 30, 100_000))
+        part, many = rng.choice(parts), rng.choice((1, 1, 2, 30, 100_000))
         text = rng.choice((
-            lambda: text[:i] + text[j:], lambda: text[:j] + text[i:],
-            lambda: text[:i] + scrap + text[i:], lambda: text[:i] + scrap + text[j:],
-            lambda: text[:i], lambda: text[:i] + scrap * (many // len(scrap)) + text[i:],
-            lambda: text[:i] + text[i:j] * min(many, 100_000 // max(1, j - i)) + text[j:]))()
+            text[:i] + text[j:], text[:j] + text[i:], text[:i], text[:i] + part + text[j:],
+            text[:i] + part * math.ceil(many / len(part)) + text[i:],
+            text[:i] + text[i:j] * min(many, 100_000 // max(1, j - i)) + text[j:]))
     return text[:200_000]
 
 
-def swapped(rng, value):
-    """A copy of a JSON value with a few places of another type, gone, wrapped or elsewhere."""
-    value = [copy.deepcopy(value)]
+def nodes(container):
+    """(container, key) of every node of a JSON value."""
+    for key in (container if isinstance(container, dict) else range(len(container))):
+        yield container, key
+        if isinstance(container[key], (dict, list)):
+            yield from nodes(container[key])
+
+
+def edit_json(rng, value):
+    """A copy of a JSON value with a few nodes deleted, wrapped, exchanged or of another type."""
+    root = [copy.deepcopy(value)]
     for _ in range(rng.choice((1, 1, 1, 2, 4))):
-        places = []                                 # (container, key) of all that is in it
-
-        def walk(node):
-            for key in (node if isinstance(node, dict) else range(len(node))):
-                places.append((node, key))
-                if isinstance(node[key], (dict, list)):
-                    walk(node[key])
-        walk(value)
-        node, key = rng.choice(places)
-        other = copy.deepcopy(rng.choice(places[1:] or places))
+        container, key = rng.choice(list(nodes(root)))
+        other, other_key = rng.choice(list(nodes(root)))
         kind = rng.randrange(8)
-        if kind == 0 and node is not value:
-            del node[key]
+        if kind == 0 and container is not root:
+            del container[key]
         elif kind == 1:
-            node[key] = [node[key]] if rng.random() < 0.5 else {"x": node[key]}
+            container[key] = rng.choice(([container[key]], {"x": container[key]}))
         elif kind == 2:
-            node[key] = other[0][other[1]]
-        elif kind == 3 and isinstance(node[key], str):
-            node[key] = edited(rng, node[key], SCRAPS)
+            container[key] = copy.deepcopy(other[other_key])
+        elif kind == 3 and isinstance(container[key], str):
+            container[key] = edit(rng, container[key])
         else:
-            node[key] = copy.deepcopy(rng.choice(ODD))
-    return value[0]
+            container[key] = copy.deepcopy(rng.choice(VALUES))
+    return root[0]
 
 
-def written(rng, value, torn=0.2):
-    """The bytes of a JSON value, a key doubled now and then, and torn with that probability."""
+def to_bytes(rng, value, broken=0.2):
+    """The bytes of a JSON value; with probability `broken` they are edited."""
     text = json.dumps(value)
-    if isinstance(value, dict) and value and rng.random() < 0.1:
-        text = f"{text[:-1]}, {json.dumps({rng.choice(list(value)): rng.choice(ODD)})[1:]}"
     for mark, raw in RAW.items():
         text = text.replace(mark, raw)
-    return edited(rng, text.encode(), BYTES) if rng.random() < torn else text.encode()
+    return edit(rng, text.encode(), BYTES) if rng.random() < broken else text.encode()
 
 
-def put(path, text):
-    path.unlink(missing_ok=True)                    # a model may still have the old one mapped
-    path.write_bytes(text)
-
-
-def accepted(call):
-    """Does it pass? What a program refuses goes through its own `complaints`, to one line of text
-    alone; any other exception is a fault."""
-    printed = io.StringIO()
+def accepts(call, *arguments):
+    """Whether the call returns. A refusal must be one line of plain text and exit code 2."""
+    output = io.StringIO()
     try:
-        with contextlib.redirect_stderr(printed), contextlib.redirect_stdout(printed):
-            with data.complaints(BadModel):
-                call()
+        with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output), \
+                data.exit_on_user_error():
+            call(*arguments)
     except SystemExit as stop:
         assert stop.code == 2, f"exit code {stop.code}"
-        said = printed.getvalue().splitlines()[-1:]
-        assert said and said[0].startswith("error: "), f"no one line: {printed.getvalue()[-300:]!r}"
+        *_, line = ["", *output.getvalue().splitlines()]
+        assert line.startswith("error: "), f"not one line: {output.getvalue()[-300:]!r}"
         return False
     finally:
-        said = printed.getvalue()
-        assert said == data.escape(said), f"the terminal is steered: {said[-300:]!r}"
+        text = output.getvalue()
+        assert text == data.escape(text), f"control characters are printed: {text[-300:]!r}"
     return True
 
 
-# ---- Targets --------------------------------------------------------------------------------
+# ---- Targets: models ------------------------------------------------------------------------
 
 
-def target_config(rng, room):
-    """config.json; what is accepted is built without memory, read once by `forward`, and saved."""
-    family = rng.choice(("qwen2", "qwen3", "llama", "r1"))
-    raw = json.loads((FIXTURES / family / "config.json").read_text())
-    put(room / "config.json", written(rng, swapped(rng, raw)))
+def fuzz_config(rng, directory):
+    """config.json. An accepted one builds a model without memory, and can be saved and read."""
+    path = directory / "config.json"
+    raw = json.loads((FIXTURES / rng.choice(FAMILIES) / "config.json").read_text())
+    path.write_bytes(to_bytes(rng, edit_json(rng, raw)))
 
     def use():
-        config = read_config(room)
+        config = read_config(directory)
         with torch.device("meta"):
             model = Transformer(config)
             if config.num_hidden_layers < 9:
                 assert model(torch.zeros(1, 3, dtype=torch.long)).shape == (1, 3, config.vocab_size)
-        put(room / "config.json", json.dumps(config.to_dict()).encode())
-        # As text, for what the program does not read may hold a NaN.
-        assert repr(read_config(room)) == repr(config)
-    return accepted(use)
+        path.write_text(json.dumps(config.to_dict()))
+        assert repr(read_config(directory)) == repr(config)         # repr, because NaN != NaN
+    return accepts(use)
 
 
-def target_index(rng, room):
-    """The list of the shards of a model."""
-    for path in (FIXTURES / "qwen3").glob("*"):
-        if not (room / path.name).exists():
-            shutil.copy(path, room)
-    index = json.loads((FIXTURES / "qwen3" / INDEX).read_text())
-    put(room / INDEX, written(rng, swapped(rng, index)))
-    return accepted(lambda: Transformer.load(room))
-
-
-def target_safetensors(rng, room):
-    """The weights: the header's length, its JSON, its offsets, the numbers themselves. What is
-    accepted is what the header says, read here by hand."""
-    shutil.copy(FIXTURES / "qwen2" / "config.json", room)
-    whole = (FIXTURES / "qwen2" / "model.safetensors").read_bytes()
-    end = 8 + int.from_bytes(whole[:8], "little")
-    header, numbers = whole[8:end], whole[end:]
-    kind = rng.randrange(4)
-    if kind == 0:                                   # a header that says something else
-        raw = json.loads(header)
-        name = rng.choice(list(raw))
-        entry = swapped(rng, raw[name])
-        if rng.random() < 0.5 and isinstance(entry, dict) and name != "__metadata__":
-            key = rng.choice(("dtype", "shape", "data_offsets"))
-            entry[key] = rng.choice(("F16", "BF16", "I32", "F64", "F8_E4M3", "BOOL", [], [0],
-                                     [2**63], [-1, 5], [0, 4], [4, 0], [0, 2**64], [8, 8]))
-        header = written(rng, {**raw, name: entry}, torn=0.3)
-    elif kind == 1:
-        numbers = edited(rng, numbers, BYTES)
-    whole = len(header).to_bytes(8, "little") + header + numbers
-    if kind == 2:
-        whole = rng.choice((0, 1, 7, 2**31, 2**63, 2**64 - 1, len(header) - 1, len(header) + 1,
-                            len(whole))).to_bytes(8, "little") + whole[8:]
-    elif kind == 3:
-        flipped = bytearray(whole)
-        for _ in range(rng.choice((1, 2, 9))):
-            flipped[rng.randrange(rng.choice((9, end, len(whole))))] ^= 1 << rng.randrange(8)
-        whole = bytes(flipped)[:rng.choice((len(whole), len(whole), rng.randint(0, len(whole))))]
-    put(room / "model.safetensors", whole)
-
-    def use():
-        model = Transformer.load(room)
-        end = 8 + int.from_bytes(whole[:8], "little")
-        header = json.loads(whole[8:end])
-        for name, got in model.state_dict().items():
-            first, last = header[name]["data_offsets"]
-            kind = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-            said = torch.frombuffer(bytearray(whole[end + first:end + last]),
-                                    dtype=kind[header[name]["dtype"]])
-            assert got.flatten().equal(said.float()) or said.isnan().any(), name
-    return accepted(use)
-
-
-def some_rows(rng):
-    """A few rows as they are met, of questions and of traces."""
-    return rng.choices((
-        {"question": "What is 2+3? " * 4, "thinking": "2+3=5", "answer": "Answer: 5",
-         "gtruth_answer": "5", "correct": True, "domain": "sums"},
-        {"question": "Use 1, 2 and 3 to make 6.", "thinking": "t", "attempt": "Answer: 1+2+3",
-         "gtruth_answer": {"numbers": [1, 2, 3], "target": 6}},
-        {"question": "Use 2 and 3 to make 6.", "answer": {"numbers": [2, 3], "target": 6}},
-        {"problem": "1. a\n2. b", "solution": "so \\boxed{\\frac12}",
-         "thinking_trajectories": ["t"], "deepseek_attempt": "\\boxed{0.5}",
-         "deepseek_grade": "Yes", "source_type": "math"},
-        {"Question": "Which?", "Correct Answer": "a", "Incorrect Answer 1": "b",
-         "Incorrect Answer 2": "c", "Subdomain": "d", "qwen_correct": False}), k=rng.randint(1, 5))
-
-
-def target_rows(rng, room):
-    """A file of rows in every place where one is read: as traces, as questions, and in `select`."""
-    rows, path, out = some_rows(rng), room / "rows.jsonl", room / "out.jsonl"
-    rows = swapped(rng, rows) if rng.random() < 0.9 else rows
-    if isinstance(rows, list) and rng.random() < 0.7:
-        text = b"\n".join(written(rng, row, torn=0.05) for row in rows)
+def fuzz_weights(rng, directory):
+    """The shards of a model or their index. Every tensor that is loaded has its shape."""
+    copytree(FIXTURES / "qwen3", directory, dirs_exist_ok=True)
+    path = rng.choice(sorted(directory.glob("model*")))
+    content = path.read_bytes()
+    if path.suffix == ".json":
+        content = to_bytes(rng, edit_json(rng, json.loads(content)))
     else:
-        text = written(rng, rows)
-    put(path, text)
-    put(room / "good.jsonl", b"\n".join(json.dumps(row).encode() for row in some_rows(rng) * 2))
-    out.unlink(missing_ok=True)
-    good, method = room / "good.jsonl", rng.choice(("s1k", "random", "longest", "diverse", "full"))
-
-    def as_questions(graded):
-        for row in data.load_questions(path, graded=graded):
-            json.dumps(row["question"], ensure_ascii=False).encode()        # a tokenizer takes it
-            assert type(row["question"]) is str and (not graded or row["answer"])
-            try:
-                data.trace_row(row, "t", "\\boxed{1+2+3}", finish="stop")
-            except data.BadInput as error:          # too late: the answer has been paid for
-                raise AssertionError("a question without a verdict") from error
-
-    def as_traces():
-        for trace in data.load_traces(path, teacher=rng.choice(data.TEACHERS),
-                                      verbose=rng.random() < 0.5):
-            json.dumps(trace, ensure_ascii=False).encode()
-
-    def chosen(pool, held, verdicts):
-        data.select(SimpleNamespace(
-            pool=pool, benchmarks=[held], verdicts=[verdicts], out=out, overwrite=True, words=8,
-            method=method, n=3, seed=0, domain=rng.choice((None, None, "domain")), verbose=False,
-            sources=["math"], seed_length=0, teacher="deepseek"))
-    taken = [accepted(lambda: as_questions(True)), accepted(lambda: as_questions(False)),
-             accepted(as_traces)]
-    for files in ((path, good, good), (good, path, good), (good, good, path)):
-        taken.append(accepted(lambda: chosen(*files)))
-        if taken[-1]:
-            assert len(data.usable_rows(out)) <= (99 if method == "full" else 3)
-        else:
-            assert not out.exists(), "a refusal left a file behind"
-        out.unlink(missing_ok=True)
-    return any(taken)
-
-
-def target_traces(rng, room):
-    """A file of traces to go on with: another's is never touched, a torn line is cut off."""
-    path, whole = room / "traces.jsonl", b""
-    for i in range(rng.randint(0, 3)):
-        row = {"question": "q", "thinking": "t", "answer": "5", "teacher": {"key": f"{i}"}}
-        whole += written(rng, swapped(rng, row) if rng.random() < 0.2 else row, torn=0) + b"\n"
-    whole = rng.choice((whole, whole[:rng.randint(0, len(whole))], edited(rng, whole, BYTES)))
-    put(path, whole)
-
-    def use():
-        file, done = data.open_traces(path)
-        with file:
-            data.write_row(file, {"question": "q", "teacher": {"key": "new"}})
-        kept = path.read_bytes().rpartition(b'{"question": "q", "teacher": {"key": "new"}}')[0]
-        torn = whole[len(kept):]
-        assert kept in (whole, whole + b"\n") or whole.startswith(kept), "rows were changed"
-        assert b"\n" not in torn and (kept.endswith(b"\n") or not kept), "more than a line was cut"
-        assert torn[:13] == b'{"question": '[:len(torn)], "another's line was cut"
-        rows = data.read_rows(path)                 # what it goes on with can be read
-        assert {row["teacher"]["key"] for _, row in rows} == {*done, "new"}
-    taken = accepted(use)
-    assert taken or path.read_bytes() == whole, "a refused file was changed"
-    return taken
-
-
-def target_chat(rng, room):
-    """tokenizer.json, chat.json and the stop tokens of a model's directory."""
-    source = rng.choice([FIXTURES / name for name in ("qwen2", "qwen3", "llama", "r1")])
-    raw = {name: json.loads((source / name).read_text())
-           for name in ("tokenizer.json", "generation_config.json", "config.json")}
-    raw["chat.json"] = {"family": None, "thinking": rng.choice(("s1", "think", None))}
-    broken = rng.choice(list(raw))
-    for name, value in raw.items():
-        if name == broken == "tokenizer.json" and rng.random() < 0.7:     # not only its vocabulary
-            part = rng.choice(list(value))
-            value = {**value, part: swapped(rng, value[part])}
-            if rng.random() < 0.3:                  # a control token of another name
-                value = copy.deepcopy(value)
-                with contextlib.suppress(TypeError, LookupError):
-                    rng.choice(value["added_tokens"])["content"] = rng.choice(
-                        ("", "{", "}", "{question}", "user", "think", "\n", "<", "im_end"))
-        elif name == broken:
-            value = swapped(rng, value)
-        put(room / name, written(rng, value, torn=0.2 * (name == broken)))
-
-    def use():
-        chat = data.Chat(room)
-        size = max(chat.tokenizer.get_vocab().values()) + 1
-        assert all(type(end) is int and 0 <= end < size for end in chat.stops), chat.stops
-        assert chat.tokenizer.id_to_token(chat.end) in chat.control, "a turn ends with plain text"
-        ids, first = chat.example("2+3? <|im_end|>", "2+3=5 \n", "5")
-        assert 0 < first < len(ids) and ids.count(chat.end) <= 3 and chat.think and chat.answer
-        chat.decode(chat.prompt("q\x00é", thinking=False))
-        chat.save(room / "saved")
-        assert data.Chat(room / "saved").stops == chat.stops
-    (room / "saved").mkdir(exist_ok=True)
-    return accepted(use)
-
-
-def some_headers(rng):
-    headers, date = email.message.Message(), "Wed, 21 Oct 2026 07:28:00 GMT"
-    for name, values in (("Retry-After", ("5", "1.5", date, "²", "٣", "1e9", "-1", " ")),
-                         ("retry-after-ms", ("5", "nan", "inf", "1_0", "x"))):
+        end = 8 + int.from_bytes(content[:8], "little")
+        header = content[8:end]
         if rng.random() < 0.5:
-            value = rng.choice(values)
-            headers[name] = edited(rng, value, SCRAPS) if rng.random() < 0.5 else value
-    return headers
+            header = to_bytes(rng, edit_json(rng, json.loads(header)))
+        length = rng.choice([len(header)] * 9 + [0, 1, 2**31, 2**63, 2**64 - 1, len(header) + 1])
+        content = length.to_bytes(8, "little") + header + content[end:]
+        content = edit(rng, content, BYTES) if rng.random() < 0.5 else content
+    path.write_bytes(content)
+    return accepts(Transformer.load, directory)
 
 
-def target_replies(rng, room):
-    """What a server answers, up to the row or the failure that is written of it."""
-    usage = {"prompt_tokens": 100, "completion_tokens": 400, "total_tokens": 500}
-    reply, = rng.choices((
-        {"model": "m", "usage": usage, "choices": [{"finish_reason": "stop", "message": {
-            "role": "assistant", "content": "<think>t</think>Answer: 5"}}]},
-        {"model": "m", "usage": usage, "choices": [{"finish_reason": "length", "message": {
-            "reasoning_content": "2+3", "content": "Answer: \\boxed{5}"}}]},
-        [{"error": {"message": "busy", "code": 429}}], {"error": {"message": "busy"}}, "busy"),
-        (9, 9, 1, 1, 1))
-    part = rng.choice([name for name in ("usage", "choices", None)
-                       if name is None or name in list(reply)])
-    broken = {**reply, part: swapped(rng, reply[part])} if part else swapped(rng, reply)
-    if part == "choices" and rng.random() < 0.7:    # the text itself, in which thinking is found
-        message = reply["choices"][0]["message"]
-        name = rng.choice(list(message))
-        said = edited(rng, message[name], SCRAPS)
-        broken = {**reply, "choices": [{**reply["choices"][0], "message": {**message, name: said}}]}
-    if part == "usage" and rng.random() < 0.3:
-        broken = {**reply, "usage": {name: rng.choice(ODD) for name in usage}}
-    text = written(rng, broken)
-    status = rng.choice((200, 200, 200, 200, 200, 200, 200, 429, 500, 302, 401, 404))
-    for path in room.glob("*"):
-        path.unlink()
-    try:
-        outcome = data.read_reply(status, some_headers(rng), text)
-    except data.Failure as failure:
-        outcome = failure
-        assert str(failure) == data.escape(str(failure)) and "\n" not in str(failure)
-        assert failure.after is None or 0 <= failure.after < math.inf
-    question = {"question": "2+3?"} | rng.choice(({}, {"answer": "5"}))
-    put(room / "q.jsonl", json.dumps(question).encode())
-    args = SimpleNamespace(questions=room / "q.jsonl", out=room / "t.jsonl", max_tokens=10, n=None,
-                           model="m", usd_in=1.0, usd_out=2.0, max_usd=9.0, body="{}", suffix="",
-                           samples=1)
-    url = data.teacher_url("http://localhost/v1")
+def use_chat(directory):
+    """Loads a chat. Text from outside never adds a control token to an example."""
+    chat = data.Chat(directory)
+    assert all(chat.tokenizer.id_to_token(i) for i in chat.stop_ids), "a stop id is no token"
+    assert chat.tokenizer.id_to_token(chat.end_id) in chat.control, "a turn ends with plain text"
+    plain = chat.tokenizer.get_vocab(with_added_tokens=False).values()
+    control = set(chat.control.values()) - set(plain)
+    counts = {sum(i in control for i in chat.example(text, text, text)[0])
+              for text in ("x", *list(chat.control)[:9])}
+    assert len(counts) == 1, "text becomes a control token"
+    ids, prompt_length = chat.example("2+3?", "2+3=5 \n", "5")
+    assert 0 < prompt_length < len(ids) and chat.opening_ids and chat.closing_ids
+    chat.decode(chat.prompt("q\x00é", thinking=False))
+    (directory / "saved").mkdir(exist_ok=True)
+    chat.save(directory / "saved")
+    assert data.Chat(directory / "saved").stop_ids == chat.stop_ids
+
+
+def fuzz_tokenizer(rng, directory):
+    """The files of a model directory that a chat is made of, one of them broken."""
+    copytree(FIXTURES / rng.choice(FAMILIES), directory, dirs_exist_ok=True,
+             ignore=lambda *_: ["golden.json", "golden.safetensors"])
+    (directory / "chat.json").write_text('{"thinking": "s1", "system": null}')
+    path = rng.choice(sorted(set(directory.glob("*.json")) - set(directory.glob("model*"))))
+    raw = json.loads(path.read_text())
+    part = rng.choice(list(raw))
+    if path.name == "tokenizer.json" and rng.random() < 0.3:        # another control token
+        rng.choice(raw["added_tokens"])["content"] = rng.choice(
+            ("", "{", "}", "\ufdd1", "user", "think", "\n", "<", "im_end"))
+    elif rng.random() < 0.7:                                        # not only its vocabulary
+        raw[part] = edit_json(rng, raw[part])
+    else:
+        raw = edit_json(rng, raw)
+    path.write_bytes(to_bytes(rng, raw))
+    return accepts(use_chat, directory)
+
+
+TEMPLATES = (
+    "{% for i in range(10**9) %}x{% endfor %}", "{% for i in range(99) %}{% endfor %}", "\0",
+    "{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "{{ caller() }}", "{% break %}", "{{ 1.x }}",
+    "{% for m in messages recursive %}{{ loop(messages) }}{% endfor %}", "{{ [] | first }}",
+    "{% for i in 'a' %}" * 30 + "{% endfor %}" * 30, "{% if 1 %}" * 120 + "{% endif %}" * 120,
+    "{{ " + "(" * 500 + ")" * 500 + " }}", "{% include 'x' %}", "{% import 'x' as y %}",
+    "{% extends 'x' %}", "{{ lipsum() }}", "{{ cycler() }}", "{{ messages.append(1) }}",
+    "{{ ().__class__ }}", "{{ ''.__class__.__base__.__subclasses__() }}", "{{ messages[9].x }}",
+    "{{ '{0.__class__}'.format(1) }}", "{{ '{x}'.format() }}", "{{ 'a'.encode('x') }}", "{{ x.y }}",
+    "{{ raise_exception('no') }}", "{{ strftime_now('%Y') }}", "{{ bos_token }}", "{{ 1 / 0 }}",
+    "{{ 'a' + 1 }}", "{{ '%d' % 'a' }}", "{{ 5 | join }}", "{{ '\ud800' }}", "\ufdd1",
+    "{{ messages | tojson }}", "{{ messages | map(attribute=5) | list }}", "<|im_end|>", "\ufdd2",
+    "{{ messages[0].content[:1] }}", "{% set messages = [] %}", "{% generation %}")
+
+
+def fuzz_template(rng, directory):
+    """A chat template with hostile parts."""
+    copytree(FIXTURES / rng.choice(FAMILIES), directory, dirs_exist_ok=True,
+             ignore=lambda *_: ["model.safetensors"])
+    path = directory / "chat_template.jinja"
+    text = edit(rng, path.read_text(), TEMPLATES)
+    path.write_text(text, encoding="utf-8", errors="replace")
+    return accepts(use_chat, directory)
+
+
+# ---- Targets: rows, replies, answers --------------------------------------------------------
+
+ROWS = (
+    {"question": "What is 2+3? " * 4, "thinking": "2+3=5", "answer": "Answer: 5",
+     "gtruth_answer": "5", "correct": True, "domain": "sums"},
+    {"question": "Use 1, 2 and 3 to make 6.", "thinking": "t", "attempt": "Answer: 1+2+3",
+     "gtruth_answer": {"numbers": [1, 2, 3], "target": 6}},
+    {"problem": "1. a\n2. b", "solution": "so \\boxed{\\frac12}", "thinking_trajectories": ["t"],
+     "deepseek_attempt": "\\boxed{0.5}", "deepseek_grade": "Yes", "source_type": "math",
+     "unfit": ""},
+    {"Question": "Which?", "Correct Answer": "a", "Incorrect Answer 1": "b",
+     "Incorrect Answer 2": "c", "Subdomain": "d", "qwen_correct": False})
+
+
+def fuzz_rows(rng, directory):
+    """A file of rows, read as traces, as questions, and by recipe.selection."""
+    path, good, out = (directory / name for name in ("rows.jsonl", "good.jsonl", "out.jsonl"))
+    broken = edit_json(rng, rng.choices(ROWS, k=rng.randint(1, 5)))
+    as_lines = isinstance(broken, list) and rng.random() < 0.7
+    path.write_bytes(b"\n".join(to_bytes(rng, row, broken=0.05) for row in broken) if as_lines
+                     else to_bytes(rng, broken))
+    good.write_text("\n".join(map(json.dumps, ROWS[:3])))
+    out.unlink(missing_ok=True)
+    pool, benchmarks, verdicts = rng.choice(((path, good, good), (good, path, good),
+                                             (good, good, path)))
+
+    def read_questions(need_answer):
+        for row in rows.load_questions(path, need_answer=need_answer):
+            row["question"].encode()                # a tokenizer takes it
+            assert isinstance(row["answer"], (str, dict)) or not need_answer
+            rows.trace_row(row, "t", "\\boxed{1+2+3}", finish="stop")
+
+    def read_traces():
+        for trace in rows.load_traces(path, teacher=rng.choice(rows.TEACHERS)):
+            "".join(trace).encode()
+
+    def select():
+        arguments = ["--pool", pool, "--benchmarks", benchmarks, "--verdicts", verdicts, "--n", 2,
+                     "--method", rng.choice(list(selection.METHODS)), "--out", out]
+        with mock.patch("sys.argv", ["selection", *map(str, arguments)]):
+            selection.main()
+        rows.load_traces(out)
+    results = [accepts(read_questions, True), accepts(read_questions, False), accepts(read_traces),
+               accepts(select)]
+    assert results[-1] == out.exists(), "a refusal leaves a file behind"
+    return any(results)
+
+
+def fuzz_jsonl(rng, directory):
+    """A file to append rows to: an unfinished last line is cut off; other files stay unchanged."""
+    path, content, new = directory / "traces.jsonl", b"", {"question": "q", "key": "new"}
+    for i in range(rng.randint(0, 3)):
+        row = {"question": "q", "thinking": "t", "teacher": {"key": f"{i}"}}
+        row = edit_json(rng, row) if rng.random() < 0.2 else row
+        content += to_bytes(rng, row, broken=0) + b"\n"
+    content = rng.choice((content, content[:rng.randint(0, len(content))],
+                          edit(rng, content, BYTES)))
+    path.write_bytes(content)
 
     def use():
-        asking = data.Asking(args, url, "secret-key")
-        job, = asking.todo
-        with asking.file:
-            if isinstance(outcome, dict):
-                asking.keep(job, outcome, 0.5)
-            else:
-                with contextlib.suppress(data.BadInput):        # some end the run
-                    asking.give_up(job, outcome, 1)
-            assert 0 <= asking.spent < math.inf, "it earns money"
-            asking.state()
-        assert not any(b"secret-key" in path.read_bytes() for path in room.iterdir())
-        if isinstance(outcome, dict):
-            row = data.read_rows(args.out)[0][1]
-            assert data.trace_of(row)
-            json.dumps([row["thinking"], row["answer"]], ensure_ascii=False).encode()
-        again = data.Asking(args, url, "")
-        again.file.close()
-        assert len(again.todo) == (not isinstance(outcome, dict)), "asked again, or never"
-    return accepted(use) and isinstance(outcome, dict)
+        file, done = rows.open_jsonl(path)
+        with file:
+            rows.append_jsonl(file, new)
+        kept = path.read_bytes().removesuffix(json.dumps(new).encode() + b"\n")
+        cut = content[len(kept):]
+        assert kept == content + b"\n" or content.startswith(kept), "rows are changed"
+        assert b"\n" not in cut and kept[-1:] in (b"", b"\n"), "more than a line is cut"
+        assert cut[:2] == b'{"'[:len(cut)], "a line of another program is cut"
+        assert {**done, "new": new} == rows.open_jsonl(path)[1]
+        rows.read_rows(path)
+    accepted = accepts(use)
+    assert accepted or path.read_bytes() == content, "a refused file is changed"
+    return accepted
 
 
-CASES = [(case["answer"], said) for line in (ROOT / "tests" / "grading.jsonl").open()
-         for case in [json.loads(line)] for said in case["right"] + case["wrong"]]
+def fuzz_replies(rng, directory):
+    """A server's reply, up to the row that is written of it."""
+    message = rng.choice(({"content": "<think>t</think>Answer: 5"},
+                          {"reasoning_content": "2+3", "content": "secret-key Answer: \\boxed{5}"},
+                          {"content": [{"type": "thinking", "thinking": "t"},
+                                       {"type": "text", "text": "5"}]}))
+    if rng.random() < 0.3:                          # the text that the thinking is found in
+        message = {"content": edit(rng, "<think>\nt\n</think>\nAnswer: 5")}
+    reply = {"model": "m", "choices": [{"finish_reason": "stop", "message": message}],
+             "usage": {"prompt_tokens": 100, "completion_tokens": 400, "total_tokens": 500}}
+    reply = edit_json(rng, reply) if rng.random() < 0.8 else reply
+    text = to_bytes(rng, reply).decode(errors="replace")
+    args = SimpleNamespace(usd_in=1.0, usd_out=2.0)
+    path = directory / "traces.jsonl"
+    with path.open("wb") as file:
+        run = teacher.Run(args, "secret-key", file, None, worst_case=1.0)
+        job = {"question": "2+3?", "answer": "5", "sample": 0, "key": "k"}
+        accepted = accepts(run.record, job, text, 0.5)
+        assert 0 <= run.spent < math.inf, "a reply earns money"
+        if not accepted:
+            run.failures = file
+            run.fail(job, "no answer", text)
+    assert b"secret-key" not in path.read_bytes()
+    for _, row in rows.read_rows(path) if accepted else []:
+        (row["thinking"] + row["answer"]).encode()
+        assert "unfit" in row or not re.search("</?think>", row["answer"]), row["answer"]
+    return accepted
 
 
-def worked_out(node):
-    """The value of a sum as Python reads it: an independent reference for `calculate`."""
-    if isinstance(node, ast.Constant):
-        return node.value
-    sign = {ast.Add: operator.add, ast.Sub: operator.sub, ast.Mult: operator.mul}[type(node.op)]
-    return sign(worked_out(node.left), worked_out(node.right))
+CASES = [(case["answer"], answer) for line in (ROOT / "tests" / "grading.jsonl").open()
+         for case in [json.loads(line)] for answer in case["right"] + case["wrong"]]
 
 
-def target_answers(rng, room):
-    """Texts to grade. Whatever they are, there is a verdict soon, it does not depend on which of
-    the two is called the answer, and a text is equal to itself."""
-    answer, said = rng.choice(CASES)
-    said = edited(rng, said, SCRAPS)
-    if rng.random() < 0.3:
-        answer = edited(rng, answer, SCRAPS)
-    verdict = data.equal(said, answer)
-    assert type(verdict) is bool and verdict == data.equal(answer, said), (said, answer)
-    assert data.equal(said, said) or not data.tidy(said), said
-    for text in (f"\\boxed{{{said}}}", f"so \nAnswer: {said}", said):
-        found = data.extract(text)
-        assert found is None or type(found) is str
-        assert type(data.grade(text, answer)) is bool
-    sum_ = edited(rng, "(1+2)*3", ("(", ")", "9" * 30, "²", "٣", "\u00a0", "*", "-", "=", " 1"))
-    numbers = {"numbers": [1, 2, 3], "target": 9}
-    right = data.grade(f"Answer: {sum_}", numbers)
-    assert type(right) is bool
-    with contextlib.suppress(ValueError):
-        value, used = data.calculate(sum_)
-        assert value == worked_out(ast.parse(" ".join(sum_.split()), mode="eval").body), sum_
-        assert not right or sorted(used) == [1, 2, 3], sum_
-    return verdict
+def fuzz_answers(rng, directory):
+    """Answers to grade. Each is equal to itself."""
+    reference, answer = rng.choice(CASES)
+    answer = edit(rng, answer)
+    reference = edit(rng, reference) if rng.random() < 0.3 else reference
+    assert grading.equal(answer, answer) or not re.search(r"\w", answer), answer
+    text = rng.choice((f"\\boxed{{{answer}}}", f"so \nAnswer: {answer}", answer))
+    assert type(grading.extract_answer(text)) in (str, type(None))
+    verdicts = [grading.equal(answer, reference), grading.grade(text, reference)]
+    assert set(map(type, verdicts)) == {bool}
+    return verdicts[0]
 
 
-TARGETS = {name.removeprefix("target_"): function for name, function in list(globals().items())
-           if name.startswith("target_")}
-
-# ---- Running them ---------------------------------------------------------------------------
-
-
-class Slow(BaseException):
-    """More than SECONDS for one input; no `except Exception` may keep it."""
-
-
-def too_slow(*_):
-    raise Slow(f"more than {SECONDS:g} s")
-
-
-def attempt(name, seed, number, room):
-    """One input: (accepted, seconds, the fault or None)."""
-    rng, start = random.Random(f"{name} {seed} {number}"), time.process_time()
-    signal.signal(signal.SIGPROF, too_slow)
-    signal.setitimer(signal.ITIMER_PROF, SECONDS)
-    taken = fault = None
+def fuzz_expressions(rng, directory):
+    """Expressions of Countdown. An accepted one has the value that Python gives it."""
+    text = edit(rng, "(1+2)*3")
+    correct = countdown.check(text, {"numbers": [1, 2, 3], "target": 9})
     try:
-        taken = TARGETS[name](rng, room)
+        value = countdown.calculate(text)
+    except ValueError:
+        return correct
+    text = " ".join(text.split())
+    assert re.fullmatch(r"[-+*() 0-9]+", text) and "**" not in text, text
+    assert value == eval(re.sub(r"\b0+(?=\d)", "", text)), text
+    assert not correct or sorted(map(int, re.findall(r"\d+", text))) == [1, 2, 3], text
+    return True
+
+
+TARGETS = {name.removeprefix("fuzz_"): function for name, function in list(globals().items())
+           if name.startswith("fuzz_")}
+
+# ---- Running --------------------------------------------------------------------------------
+
+
+class TooSlow(BaseException):
+    """No `except Exception` of the code under test catches it."""
+
+
+def stop_slow_input(*_):
+    raise TooSlow
+
+
+def run_input(name, seed, number):
+    """One input: (accepted, the fault or None)."""
+    rng, limit = random.Random(f"{name} {seed} {number}"), SECONDS.get(name, 1)
+    start, accepted, fault = time.process_time(), False, None
+    signal.signal(signal.SIGPROF, stop_slow_input)
+    signal.setitimer(signal.ITIMER_PROF, limit)
+    try:
+        with tempfile.TemporaryDirectory() as directory:
+            accepted = bool(TARGETS[name](rng, Path(directory)))
     except KeyboardInterrupt:
         raise
     except BaseException as error:                  # a panic of a Rust library is no Exception
         fault = error
     finally:
         signal.setitimer(signal.ITIMER_PROF, 0)
-    seconds = time.process_time() - start
-    if seconds > SECONDS and fault is None:         # in a library that hears no signal
-        fault = Slow(f"{seconds:.1f} s")
-    return taken, seconds, fault
+    if time.process_time() - start > limit:         # in a library that handles no signal
+        fault = fault or TooSlow()
+    return accepted, fault
 
 
-def fuzz(name, n, seed=0):
-    """n inputs of a target: its line, and [(number, fault)]."""
-    taken, slowest, faults = 0, 0.0, []
-    with tempfile.TemporaryDirectory() as room:
-        attempt(name, seed, 0, Path(room))          # what is slow once alone: imports, caches
-        for number in range(n):
-            accepts, seconds, fault = attempt(name, seed, number, Path(room))
-            taken, slowest = taken + bool(accepts), max(slowest, seconds)
-            faults += [(number, fault)] if fault else []
-    line = (f"{name:12} {n:7,} inputs {taken:7,} accepted {n - taken - len(faults):7,} refused "
-            f"{1000 * slowest:6.0f} ms slowest {len(faults):5} faults")
-    return line, faults
+def run_target(name, numbers, seed=0):
+    """The line to print about these inputs of a target, and [(number, fault)]."""
+    run_input(name, seed, 0)                        # imports, which are slow once
+    results = {number: run_input(name, seed, number) for number in numbers}
+    faults = [(number, fault) for number, (_, fault) in results.items() if fault]
+    accepted = sum(accepted for accepted, _ in results.values())
+    return f"{name:12} {len(results)} inputs, {accepted} accepted, {len(faults)} faults", faults
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("names", nargs="*", help=f"only these of {', '.join(TARGETS)}")
+    parser.add_argument("names", nargs="*", help=f"targets, of {', '.join(TARGETS)}")
     parser.add_argument("--n", type=int, default=10_000, help="inputs of each target")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--only", type=int, help="this input alone, with its traceback")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    resource.setrlimit(resource.RLIMIT_AS, (16 << 30,) * 2)         # a huge size fails at once
+    resource.setrlimit(resource.RLIMIT_AS, (16 << 30,) * 2)         # huge sizes fail at once
     failed = False
     for name in args.names or TARGETS:
-        if args.only is not None:
-            with tempfile.TemporaryDirectory() as room:
-                taken, seconds, fault = attempt(name, args.seed, args.only, Path(room))
-            print(f"{name} {args.only}: accepted {taken}, {1000 * seconds:.0f} ms")
-            if fault:
-                traceback.print_exception(fault)
-            failed |= fault is not None
-            continue
-        line, faults = fuzz(name, args.n, args.seed)
+        numbers = range(args.n) if args.only is None else [args.only]
+        line, faults = run_target(name, numbers, args.seed)
         print(line, flush=True)
         for number, fault in faults[:20]:
             where = traceback.extract_tb(fault.__traceback__)[-1]
             print(f"    {name} --seed {args.seed} --only {number}: {type(fault).__name__} "
                   f"{' '.join(data.escape(str(fault)).split())[:150]} ({where.name})", flush=True)
+            if args.only is not None:
+                traceback.print_exception(fault)
         failed |= bool(faults)
     sys.exit(failed)
 

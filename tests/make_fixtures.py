@@ -1,15 +1,19 @@
-"""Make tests/fixtures: tiny random models of each family with what `transformers` computes of them.
+"""Make tests/fixtures: a tiny random model of each family and what transformers computes with it.
 
-    pip install transformers==5.23.0 jinja2 && python tests/make_fixtures.py
+    pip install transformers==5.23.0 && python tests/make_fixtures.py [another folder]
 
-One directory a family, as `save_pretrained` writes it (bf16, fp16 and fp32; one file and shards),
-and golden.safetensors: ids (1, 40), logits (1, 40, V), `grad.NAME` of the summed next-token loss,
-and `greedy`, 64 tokens behind the first 8 ids; all of it in float32. golden.json has the token ids
-of one conversation. The chat templates below are short ones of our own that write for one question
-what the families' own templates write.
+Each directory is what `save_pretrained` writes (in bf16, fp16 or fp32; one file or shards), and
+
+- golden.safetensors: ids (1, 40), logits (1, 40, V), `grad.NAME` of the summed next-token loss, and
+  `greedy`, the 64 tokens that follow the first 8 ids; all computed in float32,
+- golden.json: the token ids of the prompt of one question, with thinking and without.
+
+The chat templates are not made here: chat_template.jinja of each directory is written by hand, as a
+short form of the family's own, and kept.
 """
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import tokenizers
@@ -21,48 +25,41 @@ from safetensors.torch import save_file
 FIXTURES = Path(__file__).parent / "fixtures"
 SYSTEM = "You are Qwen, created by Alibaba Cloud. You are a helpful assistant."
 QUESTION = "How many r are in\nstrawberry, and 12 + 30?"
-SIZES = dict(hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-             num_key_value_heads=2, initializer_range=0.2)
-CHATML = ("{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
-          "<|im_start|>assistant{{ '\n' }}")
+SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "initializer_range": 0.2}
+ROPE = {"rope_type": "default", "rope_theta": 1e6}
+LLAMA3_ROPE = {"rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0,
+               "high_freq_factor": 4.0, "original_max_position_embeddings": 32}
 
-# name: config, its keys, dtype, bytes of a shard, control tokens (False: not special), eos,
-# template
+# The class of the config, its keys, the dtype and shard size of the files, the control tokens
+# (False: added, but not marked as special), the begin- and end-of-sequence tokens.
 MODELS = {
-    "qwen2": ("Qwen2Config", dict(tie_word_embeddings=True,
-                                  rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+    "qwen2": ("Qwen2Config", {"tie_word_embeddings": True, "rope_parameters": ROPE},
               torch.bfloat16, "5GB",
-              {"<|endoftext|>": True, "<|im_start|>": True, "<|im_end|>": True}, "<|im_end|>",
-              "<|im_start|>system\n" + SYSTEM + "<|im_end|>\n" + CHATML),
-    "qwen3": ("Qwen3Config", dict(tie_word_embeddings=False, head_dim=16,
-                                  rope_parameters={"rope_type": "default", "rope_theta": 1e6}),
+              {"<|endoftext|>": True, "<|im_start|>": True, "<|im_end|>": True},
+              None, "<|im_end|>"),
+    "qwen3": ("Qwen3Config", {"tie_word_embeddings": False, "head_dim": 16,
+                              "rope_parameters": ROPE},
               torch.float32, "60KB",
               {"<|endoftext|>": True, "<|im_start|>": True, "<|im_end|>": True,
-               "<think>": False, "</think>": False}, "<|im_end|>",
-              CHATML + "{% if not thinking %}<think>\n\n</think>\n\n{% endif %}"),
-    "llama": ("LlamaConfig", dict(tie_word_embeddings=True, max_position_embeddings=256,
-                                  rope_parameters={
-                                      "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0,
-                                      "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-                                      "original_max_position_embeddings": 32}),
+               "<think>": False, "</think>": False},
+              None, "<|im_end|>"),
+    "llama": ("LlamaConfig", {"tie_word_embeddings": True, "max_position_embeddings": 256,
+                              "rope_parameters": LLAMA3_ROPE},
               torch.float16, "5GB",
               {"<|begin_of_text|>": True, "<|start_header_id|>": True, "<|end_header_id|>": True,
-               "<|eot_id|>": True, "<|end_of_text|>": True}, "<|eot_id|>",
-              "<|begin_of_text|>{% for m in messages %}"
-              "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}<|eot_id|>"
-              "{% endfor %}<|start_header_id|>assistant<|end_header_id|>{{ '\n\n' }}"),
-    "r1": ("Qwen2Config", dict(tie_word_embeddings=False),
+               "<|eot_id|>": True, "<|end_of_text|>": True},
+              "<|begin_of_text|>", "<|eot_id|>"),
+    "r1": ("Qwen2Config", {"tie_word_embeddings": False},
            torch.bfloat16, "5GB",
            {"<｜begin▁of▁sentence｜>": True, "<｜end▁of▁sentence｜>": True, "<｜User｜>": False,
-            "<｜Assistant｜>": False, "<think>": False, "</think>": False}, "<｜end▁of▁sentence｜>",
-           "<｜begin▁of▁sentence｜>"
-           "{% for m in messages %}<｜User｜>{{ m.content }}<｜Assistant｜>{% endfor %}"
-           "{% if not thinking %}<think>\n\n</think>\n\n{% endif %}"),
+            "<｜Assistant｜>": False, "<think>": False, "</think>": False},
+           "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"),
 }
 
 
-def make_tokenizer(directory, control, eos, template):
-    """Byte-level BPE with a few merges, the family's control tokens behind it."""
+def make_tokenizer(directory, control, bos, eos, template):
+    """Byte-level BPE with a few merges, followed by the family's control tokens."""
     made = tokenizers.Tokenizer(tokenizers.models.BPE())
     made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     made.decoder = tokenizers.decoders.ByteLevel()
@@ -76,25 +73,31 @@ def make_tokenizer(directory, control, eos, template):
     first = next(iter(control))
     made.post_processor = tokenizers.processors.TemplateProcessing(
         single=f"{first} $A", special_tokens=[(first, made.token_to_id(first))])
-    fast = transformers.PreTrainedTokenizerFast(tokenizer_object=made, eos_token=eos,
-                                                chat_template=template)
+    fast = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=made, eos_token=eos, chat_template=template,
+        **({"bos_token": bos} if bos else {}))
     fast.save_pretrained(directory)
+    if directory.name == "r1":          # like DeepSeek's own file, which has an object here
+        path = directory / "tokenizer_config.json"
+        config = json.loads(path.read_text())
+        config["bos_token"] = {"__type": "AddedToken", "content": bos}
+        path.write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n")
     return fast
 
 
-def make(name, kind, changes, dtype, shard, control, eos, template):
-    directory = FIXTURES / name
-    shutil.rmtree(directory, ignore_errors=True)
-    tokenizer = make_tokenizer(directory, control, eos, template)
-    torch.manual_seed(sum(map(ord, name)))
+def make_model(directory, tokenizer, kind, changes, dtype, shard):
+    """Random weights; biases are not 0 and norms are not 1."""
+    torch.manual_seed(sum(map(ord, directory.name)))
     config = getattr(transformers, kind)(
         vocab_size=len(tokenizer) + 3, eos_token_id=tokenizer.eos_token_id,
         bos_token_id=None, pad_token_id=None, **SIZES, **changes)
     model = transformers.AutoModelForCausalLM.from_config(config)
-    for p in model.parameters():                # norms and biases that are not 1 and 0
+    for p in model.parameters():
         p.data += 0.2 * torch.randn_like(p) if p.dim() == 1 else 0
     model.to(dtype).save_pretrained(directory, max_shard_size=shard)
 
+
+def make_golden(directory, tokenizer):
     model = transformers.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
     ids = torch.randint(len(tokenizer), (1, 40))
     logits = model(ids).logits
@@ -104,14 +107,28 @@ def make(name, kind, changes, dtype, shard, control, eos, template):
     save_file({"ids": ids, "logits": logits.detach(), "greedy": greedy[0, 8:].contiguous(),
                **{f"grad.{n}": p.grad for n, p in model.named_parameters()}},
               directory / "golden.safetensors")
-    ask = [{"role": "user", "content": QUESTION}]
+    prompt = tokenizer.apply_chat_template(
+        [{"role": "user", "content": QUESTION}], tokenize=False, add_generation_prompt=True)
+    prompt = prompt.removesuffix("<think>\n")           # R1's template already opens the thinking
+    thinks = "<think>" in tokenizer.get_vocab()
+    direct = prompt + ("<think>\n\n</think>\n\n" if thinks else "")
     (directory / "golden.json").write_text(json.dumps({
         "transformers": transformers.__version__, "question": QUESTION,
-        **{key: tokenizer.apply_chat_template(ask, thinking=thinking, return_dict=False)
-           for key, thinking in (("prompt", True), ("direct", False))}}) + "\n")
+        "prompt": tokenizer(prompt, add_special_tokens=False).input_ids,
+        "direct": tokenizer(direct, add_special_tokens=False).input_ids}) + "\n")
+
+
+def main():
+    folder = Path(sys.argv[1]) if len(sys.argv) > 1 else FIXTURES
+    for name, (kind, changes, dtype, shard, control, bos, eos) in MODELS.items():
+        template = (FIXTURES / name / "chat_template.jinja").read_text()
+        directory = folder / name
+        shutil.rmtree(directory, ignore_errors=True)
+        tokenizer = make_tokenizer(directory, control, bos, eos, template)
+        make_model(directory, tokenizer, kind, changes, dtype, shard)
+        make_golden(directory, tokenizer)
+        print(name, sum(path.stat().st_size for path in directory.iterdir()), "bytes")
 
 
 if __name__ == "__main__":
-    for name, what in MODELS.items():
-        make(name, *what)
-        print(name, sum(path.stat().st_size for path in (FIXTURES / name).iterdir()), "bytes")
+    main()

@@ -1,16 +1,16 @@
-"""The sampler against one-row-at-a-time decoding without a cache, and its steering and
-streaming."""
+"""The sampler against decoding one sequence at a time without a cache; controllers; streaming."""
 import random
+import sys
+from collections import deque
 
 import pytest
 import torch
 from conftest import BASE, tiny_model
-from torch._inductor import config as inductor
-from torch.fx.experimental import _config as shapes
 
-from data import BadInput, countdown_questions
+import sample
 from model import Transformer
-from sample import Sampler, probabilities
+from recipe import countdown
+from sample import Sampler, Sequence, probabilities, stream
 
 
 def prompts(n=9):
@@ -18,8 +18,8 @@ def prompts(n=9):
     return [torch.randint(0, 64, (1 + i * 5 % 7,), generator=generator).tolist() for i in range(n)]
 
 
-def without_layers():
-    """A model in which a token's successor depends on it alone."""
+def model_without_layers():
+    """A model in which the next token depends on the last one only."""
     model = tiny_model()
     model.model.layers = torch.nn.ModuleList()
     return model
@@ -33,246 +33,403 @@ def greedy(model, prompt, n):
     return ids[len(prompt):]
 
 
-@pytest.mark.parametrize("slots", [1, 3, 16])
-def test_rows_are_what_each_prompt_gives_alone(slots):
+def record_batches(model):
+    """A list to which each forward pass appends the shape of its ids, (B, T)."""
+    shapes = []
+    model.model.embed_tokens.register_forward_hook(
+        lambda module, inputs, output: shapes.append(tuple(inputs[0].shape)))
+    return shapes
+
+
+def num_tokens(shapes):
+    return sum(B * T for B, T in shapes)
+
+
+# ---- Batching -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 3, 16])
+def test_each_prompt_gives_what_it_gives_alone(max_num_seqs):
     model = tiny_model()
-    rows = list(Sampler(model, slots, 32).generate(prompts(), max_new_tokens=10))
-    assert sorted(row.index for row in rows) == list(range(9))
-    for row in rows:
-        assert row.tokens == greedy(model, row.prompt, 10) and row.finish == "max_new_tokens"
-        assert row.forced == [False] * 10
+    sequences = list(Sampler(model, max_num_seqs, 32).generate(prompts(), max_new_tokens=10))
+    assert sorted(seq.index for seq in sequences) == list(range(9))
+    for seq in sequences:
+        assert seq.tokens == greedy(model, seq.prompt, 10)
+        assert seq.finish_reason == "max_new_tokens" and seq.forced == [False] * 10
 
 
-@pytest.mark.parametrize("slots", [1, 3])
-def test_a_compiled_step_gives_the_same_rows_and_is_compiled_once(slots, monkeypatch):
-    """The step is captured whole and called without capturing anew, whatever rows and lengths.
-    The backend runs what was captured as it is: the code of inductor is not ours to test."""
-    captured = []
-
-    def backend(graph, inputs):
-        captured.append(graph)
-        return graph
-
-    compiled = torch.compile
-    monkeypatch.setattr(torch, "compile", lambda step, **how: compiled(
-        step, backend=backend, fullgraph=True, **how))
-    torch.compiler.reset()
-    model = tiny_model()
-    # Put back behind the test what the sampler sets.
-    with inductor.patch(freezing=False, max_autotune=False), shapes.patch(use_duck_shape=True):
-        sampler = Sampler(model, slots, 32, compiled=True)
-        rows = list(sampler.generate(prompts(), max_new_tokens=10))
-    assert len(captured) == 1 and len(rows) == 9, [g.code[:300] for g in captured]
-    for row in rows:
-        assert row.tokens == greedy(model, row.prompt, 10)
-
-
-def test_the_base_says_the_same_in_any_slots(chat):
-    """float32, greedy, on real weights and questions of unlike lengths: exactly the same tokens."""
+def test_the_base_gives_the_same_tokens_in_any_batch(chat):
+    """float32, greedy, with real weights and questions of different lengths: identical tokens."""
     model = Transformer.load(BASE)
     asked = [chat.prompt(row["question"] * (1 + i % 3))
-             for i, row in enumerate(countdown_questions("test", 12, 0))]
+             for i, row in enumerate(countdown.questions("test", 12, 0))]
 
-    def said(slots, prompts):
-        return {tuple(row.prompt): row.tokens for row in
-                Sampler(model, slots, 200).generate(prompts, stops=chat.stops, max_new_tokens=60)}
-    alone = {tuple(prompt): tokens for one in asked for prompt, tokens in said(1, [one]).items()}
-    assert said(64, asked) == said(5, asked[::-1]) == alone and len(alone) == 12
+    def generate(max_num_seqs, prompts):
+        return {tuple(seq.prompt): seq.tokens for seq in Sampler(model, max_num_seqs, 200).generate(
+            prompts, stop_ids=chat.stop_ids, max_new_tokens=60)}
+    alone = {prompt: tokens for one in asked for prompt, tokens in generate(1, [one]).items()}
+    assert generate(64, asked) == generate(5, asked[::-1]) == alone and len(alone) == 12
 
 
-def test_stop_length_and_order():
-    """A stop ends a row at once and its slot takes the next prompt; the cache's end ends a row
-    too."""
+def test_stop_and_length():
+    """A stop token ends a sequence and frees its slot; a full slot ends it too."""
     model = tiny_model()
     stop = greedy(model, prompts()[0], 3)[2]
-    sampler = Sampler(model, 2, 12)
-    rows = {row.index: row for row in sampler.generate(prompts(), stops={stop})}
-    for row in rows.values():
-        full = greedy(model, row.prompt, 12 - len(row.prompt))
+    sequences = list(Sampler(model, 2, 12).generate(prompts(), stop_ids={stop}))
+    for seq in sequences:
+        full = greedy(model, seq.prompt, 12 - len(seq.prompt))
         if stop in full:
-            assert row.tokens == full[:full.index(stop) + 1] and row.finish == "stop"
+            assert seq.tokens == full[:full.index(stop) + 1] and seq.finish_reason == "stop"
         else:
-            assert row.tokens == full and row.finish == "length"
-    assert {"stop", "length"} == {row.finish for row in rows.values()}
+            assert seq.tokens == full and seq.finish_reason == "length"
+    assert {"stop", "length"} == {seq.finish_reason for seq in sequences}
 
 
-def test_steer_replaces_and_forced_tokens_are_read_by_the_model():
-    """Every third drawn token becomes 1, 2, 3: logged as forced, and what follows depends on
-    them."""
+def test_a_free_slot_takes_the_next_prompt_at_once():
+    """One sequence of nine tokens and four of three in two slots: the second slot serves three of
+    the four while the first is busy, and is idle only in the step that prefills."""
+    sampler, busy = Sampler(tiny_model(), 2, 12), []
+    decode = sampler.decode
+    sampler.decode = lambda running: busy.append(len(running)) or decode(running)
+
+    def controller(seq, token):
+        last = len(seq.tokens) == (8, 2, 2, 2, 2)[seq.index]
+        return [63] if last else [min(token, 62)]
+
+    sequences = list(sampler.generate([[1, 2]] * 5, controller, stop_ids={63}))
+    assert [seq.index for seq in sequences] == [1, 2, 0, 3, 4]
+    assert busy == [2, 2, 1, 2, 2, 1, 2, 2, 1, 1]
+
+
+def test_one_prefill_is_limited_in_its_tokens(monkeypatch):
+    """At most MAX_PREFILL padded tokens, but always one prompt; the tokens stay the same."""
+    model = tiny_model()
+    expected = {seq.index: seq.tokens for seq in
+                Sampler(model, 16, 32).generate(prompts(), max_new_tokens=5)}
+    monkeypatch.setattr(sample, "MAX_PREFILL", 14)
+    shapes = record_batches(model)
+    for some in (prompts(), [list(range(1, 21))] * 3):
+        found = {seq.index: seq.tokens for seq in
+                 Sampler(model, 16, 32).generate(some, max_new_tokens=5)}
+        assert len(found) == len(some) and (some != prompts() or found == expected)
+    prefills = [(B, T) for B, T in shapes if T > 1]
+    assert all(B * T <= 14 or B == 1 for B, T in prefills) and max(prefills)[0] == 2
+
+
+@pytest.mark.parametrize("prompt", [[], [1] * 8, [1] * 99])
+def test_a_prompt_that_does_not_fit_is_refused_before_any_work(prompt):
+    model = tiny_model()
+    shapes = record_batches(model)
+    with pytest.raises(ValueError, match=f"{len(prompt)} tokens does not fit: 1 to 7"):
+        next(Sampler(model, 2, 8).generate([[1], prompt]))
+    assert not shapes
+
+
+def test_no_sequence_is_longer_than_the_model_has_positions():
+    sampler = Sampler(tiny_model(max_position_embeddings=16), 2, 99)
+    seq, = sampler.generate([[1, 2, 3]])
+    assert sampler.max_seq_len == 16 == len(seq.prompt + seq.tokens)
+    assert seq.finish_reason == "length" and sampler.cache.layers[0][0].shape[2] == 16
+
+
+def test_weights_on_the_cpu_change_their_layout_only():
+    model = tiny_model()
+    before = {name: p.clone() for name, p in model.named_parameters()}
+    Sampler(model, 2, 8)
+    for name, p in model.named_parameters():
+        assert torch.equal(p, before[name])
+        if p.dim() == 2:
+            assert p.is_contiguous() == (p.shape[0] < p.shape[1]), name
+
+
+# ---- Controllers ----------------------------------------------------------------------------
+
+
+def test_forced_tokens_are_recorded_and_the_model_reads_them():
+    """A controller turns every third sampled token into 1, 2, 3."""
     model = tiny_model()
 
-    def steer(row, token):
-        row.memory = (row.memory or 0) + 1
-        return [1, 2, 3] if row.memory % 3 == 0 else [token]
+    def controller(seq, token):
+        seq.state = (seq.state or 0) + 1
+        return [1, 2, 3] if seq.state % 3 == 0 else [token]
 
-    for row in Sampler(model, 4, 40).generate(prompts(), steer, max_new_tokens=15):
-        assert row.forced == [False, False, True, True, True] * 3
-        assert [t for t, forced in zip(row.tokens, row.forced) if forced] == [1, 2, 3] * 3
-        for i, forced in enumerate(row.forced):
+    for seq in Sampler(model, 4, 40).generate(prompts(), controller, max_new_tokens=15):
+        assert seq.forced == [False, False, True, True, True] * 3
+        assert [t for t, f in zip(seq.tokens, seq.forced, strict=True) if f] == [1, 2, 3] * 3
+        for i, forced in enumerate(seq.forced):
             if not forced:
-                assert row.tokens[i] == greedy(model, row.prompt + row.tokens[:i], 1)[0]
+                assert seq.tokens[i] == greedy(model, seq.prompt + seq.tokens[:i], 1)[0]
 
 
-def test_a_forced_token_costs_itself_only():
-    """No second prefill: tokens computed are the prompt's and the row's, but for the last one."""
-    sampler = Sampler(tiny_model(), 1, 40)
-    row, = sampler.generate([[1, 2, 3]], lambda row, token: [token, 7, 8], max_new_tokens=12)
-    assert sampler.computed == 3 + 11
+def test_a_forced_token_costs_one_decode_step():
+    """No second prefill: the model computes the prompt and all tokens but the last once."""
+    model = tiny_model()
+    shapes = record_batches(model)
+    list(Sampler(model, 1, 40).generate([[1, 2, 3]], lambda seq, token: [token, 7, 8],
+                                        max_new_tokens=12))
+    assert shapes == [(1, 3)] + [(1, 1)] * 11
+
+
+def test_a_replaced_first_token_counts_as_forced():
+    assert next(Sampler(tiny_model(), 1, 9).generate(
+        [[1]], lambda seq, token: [(token + 1) % 64], max_new_tokens=3)).forced == [True] * 3
 
 
 def test_banned_tokens_are_not_drawn():
     model = tiny_model()
-    first = greedy(model, [5], 1)[0]
+    first, drawn = greedy(model, [5], 1)[0], []
 
-    def steer(row, token):
-        row.memory = [*(row.memory or []), token]
-        row.banned = {token}
+    def controller(seq, token):
+        drawn.append(token)
+        seq.banned = {token}
         return [token]
 
-    row, = Sampler(model, 2, 40).generate([[5]], steer, max_new_tokens=20)
-    assert row.memory[0] == first and all(a != b for a, b in zip(row.memory, row.memory[1:]))
+    list(Sampler(model, 2, 40).generate([[5]], controller, max_new_tokens=20))
+    assert drawn[0] == first and len(drawn) == 20
+    assert all(a != b for a, b in zip(drawn, drawn[1:], strict=False))
 
 
-def test_draws_depend_on_seed_prompt_and_sample_alone():
-    """Whatever the slots, the order of the prompts, and what else is asked."""
-    model = tiny_model()
-
-    def drawn(slots, seed=0, some=prompts(), samples=2):
-        rows = Sampler(model, slots, 32).generate(some, max_new_tokens=12, temperature=1.0,
-                                                  seed=seed, samples=samples)
-        return {(*row.prompt, "sample", row.sample): row.tokens for row in rows}
-    assert drawn(2) == drawn(7) != drawn(7, seed=1)
-    assert drawn(4) == drawn(3, some=prompts()[::-1]) and len(drawn(4)) == 18
-    alone = drawn(4, some=prompts()[3:5], samples=1)
-    assert alone == {key: drawn(2)[key] for key in alone}
-    assert len({tuple(tokens) for tokens in drawn(4, some=[[5]], samples=6).values()}) > 1
+def test_a_ban_holds_until_the_next_draw():
+    """Forced tokens that come before it do not lift it."""
+    seq = Sequence(0, [1], banned={5}, queue=deque([6]))
+    seq.append_token(9)
+    assert seq.tokens == [6] and seq.banned == {5}
+    seq.append_token(7)
+    assert seq.tokens == [6, 7] and seq.banned == set()
 
 
-def test_forced_tokens_use_up_no_draw():
-    """Each drawn token takes the next number of random.Random("seed prompt sample"), no other."""
-    model = without_layers()
-    forced, = Sampler(model, 1, 40).generate([[7]], lambda row, token: [token] if row.tokens
-                                             else [9, 8, 7], temperature=1.0, max_new_tokens=12)
-    assert forced.tokens[:3] == [9, 8, 7]
-    draws = random.Random("0 [7] 0")
-    draws.random()                                  # of the token that was replaced
-    expected, token = [], 7
-    for _ in range(9):
-        sums = probabilities(model(torch.tensor([[token]]))[0]).cumsum(-1, dtype=torch.float64)
-        token = torch.searchsorted(sums, draws.random() * sums[:, -1:], right=True).item()
-        expected.append(token)
-    assert forced.tokens[3:] == expected
-
-
-def test_samples_of_a_prompt_share_one_prefill():
-    """Tokens computed: each prompt once, and each row's but for the last. Greedy samples agree."""
-    for slots in (1, 2, 3, 16):
-        sampler = Sampler(tiny_model(), slots, 32)
-        rows = list(sampler.generate(prompts(), samples=3, max_new_tokens=5))
-        assert sampler.computed == sum(map(len, prompts())) + 27 * 4 and not sampler.prefilled
-        assert sorted((row.index, row.sample) for row in rows) == [
-            (index, sample) for index in range(9) for sample in range(3)]
-        for row in rows:
-            assert row.tokens == greedy(sampler.model, row.prompt, 5)
-
-
-def test_samples_that_copy_a_reading_say_the_same_in_any_slots():
-    """Some end, and others are moved into their slots, before these have taken a single step."""
-    found = []
-    for slots in (1, 6):
-        rows = Sampler(tiny_model(), slots, 40).generate(
-            [[1 + i] * (2 + 3 * i % 7) for i in range(20)], samples=4, max_new_tokens=20,
-            stops=set(range(24)), temperature=1.0)
-        found.append({(row.index, row.sample): row.tokens for row in rows})
-    assert found[0] == found[1] and len(found[0]) == 80
-
-
-def test_withdrawn_tokens_are_as_if_they_had_never_been():
-    """Twice a row's last three tokens are taken back for two others; what follows knows only
-    those."""
+def test_after_a_rollback_the_removed_tokens_have_no_effect():
+    """Twice per sequence the last three tokens are replaced by two others."""
     model, log = tiny_model(), []
 
-    def steer(row, token):
-        if len(row.tokens) == 6 and len(log) < 4:
-            log.append(row.index)
-            row.withdraw(3)
+    def controller(seq, token):
+        if len(seq.tokens) == 6 and log.count(seq.index) < 2:
+            log.append(seq.index)
+            seq.rollback(3)
             return [1, 2]
         return [token]
 
-    for row in Sampler(model, 2, 40).generate(prompts()[:2], steer, max_new_tokens=12):
-        assert len(row.tokens) == len(row.forced) == 12
-        for i, forced in enumerate(row.forced):
+    for seq in Sampler(model, 2, 40).generate(prompts()[:2], controller, max_new_tokens=12):
+        assert len(seq.tokens) == len(seq.forced) == 12
+        for i, forced in enumerate(seq.forced):
             if not forced:
-                assert row.tokens[i] == greedy(model, row.prompt + row.tokens[:i], 1)[0]
-        assert row.tokens[3:5] == [1, 2] and row.forced.count(True) == 2
+                assert seq.tokens[i] == greedy(model, seq.prompt + seq.tokens[:i], 1)[0]
+        assert seq.tokens[3:5] == [1, 2] and seq.forced.count(True) == 2
     assert sorted(log) == [0, 0, 1, 1]
 
 
-def test_a_row_that_repeats_itself_is_stopped():
-    """A model without layers goes round and round: a cycle of c tokens brings a run of 20 back
-    every c tokens."""
-    sampler = Sampler(without_layers(), 2, 400)
-    row, = sampler.generate([[5]], max_new_tokens=300)
-    assert row.finish == "max_new_tokens"
-    cycle = next(c for c in range(1, 65) if row.tokens[100:200] == row.tokens[100 + c:200 + c])
-    begin = next(i for i in range(300) if row.tokens[i:200] == row.tokens[i + cycle:200 + cycle])
+def test_a_token_behind_a_rollback_counts_as_forced_even_if_it_was_drawn():
+    seq = Sequence(0, [1], tokens=[5, 6], forced=[False, False])
+
+    def controller(seq, token):
+        seq.rollback(1)
+        return [token]
+    seq.append_token(7, controller)
+    assert seq.tokens == [5, 7] and seq.forced == [False, True]
+
+
+def test_a_sequence_that_repeats_itself_is_stopped():
+    """A model without layers ends up in a cycle: in a cycle of c tokens, each run of 20 tokens
+    occurs again after c tokens."""
+    sampler = Sampler(model_without_layers(), 2, 400)
+    seq, = sampler.generate([[5]], max_new_tokens=300)
+    assert seq.finish_reason == "max_new_tokens"
+    tokens = seq.tokens
+    cycle = next(c for c in range(1, 65) if tokens[100:200] == tokens[100 + c:200 + c])
+    start = next(i for i in range(300) if tokens[i:200] == tokens[i + cycle:200 + cycle])
     for times in (2, 4):
-        row, = sampler.generate([[5]], max_new_tokens=300, repeats=times)
-        assert row.finish == "repetition"
-        assert len(row.tokens) == begin + 20 + (times - 1) * cycle
+        seq, = sampler.generate([[5]], max_new_tokens=300, repeats=times)
+        assert seq.finish_reason == "repetition"
+        assert len(seq.tokens) == start + 20 + (times - 1) * cycle
+
+
+# ---- Draws and samples ----------------------------------------------------------------------
+
+
+def test_draws_depend_on_seed_prompt_and_sample_only():
+    """They do not depend on the number of slots, the order of the prompts, or other prompts."""
+    model = tiny_model()
+
+    def draw(max_num_seqs, seed=0, some=None, samples=2):
+        sequences = Sampler(model, max_num_seqs, 32).generate(
+            some or prompts(), max_new_tokens=12, temperature=1.0, seed=seed, samples=samples)
+        return {(*seq.prompt, "sample", seq.sample): seq.tokens for seq in sequences}
+    assert draw(2) == draw(7) != draw(7, seed=1)
+    assert draw(4) == draw(3, some=prompts()[::-1]) and len(draw(4)) == 18
+    alone = draw(4, some=prompts()[3:5], samples=1)
+    assert alone == {key: draw(2)[key] for key in alone}
+    assert len({tuple(tokens) for tokens in draw(4, some=[[5]], samples=6).values()}) > 1
+
+
+def test_forced_tokens_use_up_no_random_number():
+    """Each sampled token takes the next number of random.Random("seed prompt sample")."""
+    model = model_without_layers()
+    seq, = Sampler(model, 1, 40).generate(
+        [[7]], lambda seq, token: [token] if seq.tokens else [9, 8, 7], temperature=1.0,
+        max_new_tokens=12)
+    assert seq.tokens[:3] == [9, 8, 7]
+    rng = random.Random("0 [7] 0")
+    rng.random()                                    # for the token that was replaced
+    expected, token = [], 7
+    for _ in range(9):
+        sums = probabilities(model(torch.tensor([[token]]))[0]).cumsum(-1, dtype=torch.float64)
+        token = torch.searchsorted(sums, rng.random() * sums[:, -1:], right=True).item()
+        expected.append(token)
+    assert seq.tokens[3:] == expected
+
+
+@pytest.mark.parametrize("max_num_seqs", [1, 2, 3, 16])
+def test_samples_of_a_prompt_share_one_prefill(max_num_seqs):
+    """The model computes each prompt once, and each token but a sample's last. Greedy samples
+    agree, and finished sequences do not keep the prefix alive."""
+    model = tiny_model()
+    shapes, same_length = record_batches(model), [[i, 2, 3 * i] for i in range(9)]
+    sequences = list(Sampler(model, max_num_seqs, 32).generate(same_length, samples=3,
+                                                               max_new_tokens=5))
+    assert num_tokens(shapes) == 9 * 3 + 27 * 4
+    assert not any(seq.prefix for seq in sequences)
+    assert sorted((seq.index, seq.sample) for seq in sequences) == [
+        (index, number) for index in range(9) for number in range(3)]
+    for seq in sequences:
+        assert seq.tokens == greedy(model, seq.prompt, 5)
+
+
+def test_samples_give_the_same_tokens_in_any_number_of_slots():
+    """Some sequences end, and others move into their slots, before these have taken a step."""
+    found = []
+    for max_num_seqs in (1, 6):
+        sequences = Sampler(tiny_model(), max_num_seqs, 40).generate(
+            [[1 + i] * (2 + 3 * i % 7) for i in range(20)], samples=4, max_new_tokens=20,
+            stop_ids=set(range(24)), temperature=1.0)
+        found.append({(seq.index, seq.sample): seq.tokens for seq in sequences})
+    assert found[0] == found[1] and len(found[0]) == 80
 
 
 def test_temperature_draws_from_the_distribution():
-    """2,000 draws of the first token against the softmax: total variation under 0.1.
+    """2,000 draws of the first token against the softmax: total variation below 0.1.
 
     With 64 likely tokens and 2,000 draws the expected distance is about
     0.5 * sqrt(64 / 2000) = 0.09 for a uniform distribution, and less for a peaked one, as here.
     """
     model = tiny_model()
     counts = torch.zeros(64)
-    for row in Sampler(model, 50, 4).generate([[5]], samples=2000, max_new_tokens=1,
+    for seq in Sampler(model, 50, 4).generate([[5]], samples=2000, max_new_tokens=1,
                                               temperature=0.7):
-        counts[row.tokens[0]] += 1
+        counts[seq.tokens[0]] += 1
     with torch.no_grad():
         expected = (model(torch.tensor([[5]]))[0, -1] / 0.7).softmax(0)
     assert (counts / 2000 - expected).abs().sum() / 2 < 0.1
 
 
-def test_filters_leave_out_what_they_say():
-    logits = torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15], [0.2, 0.2, 0.2, 0.2, 0.2]]).log()
-    for filters, kept in [(dict(top_k=2), [1, 3]), (dict(top_p=0.4), [1]),
-                          (dict(top_p=0.41), [1, 3]), (dict(top_p=0.86), [0, 1, 3, 4]),
-                          (dict(min_p=0.3), [1, 3, 4]), (dict(top_k=4, top_p=0.75), [1, 3, 4]),
-                          (dict(temperature=0.5, min_p=0.3), [1, 3]), (dict(), [0, 1, 2, 3, 4])]:
-        p = probabilities(logits.clone(), **filters)
-        assert p[0].nonzero()[:, 0].tolist() == kept, filters
-        whole = (logits / filters.get("temperature", 1)).softmax(-1)
-        torch.testing.assert_close(p[0, kept], whole[0, kept])
-    assert probabilities(logits, top_k=3)[1].count_nonzero() == 3       # ties do not pass a limit
+@pytest.mark.parametrize("filters, kept", [
+    (dict(top_k=2), [1, 3]), (dict(top_p=0.4), [1]), (dict(top_p=0.41), [1, 3]),
+    (dict(top_p=0.86), [0, 1, 3, 4]), (dict(top_p=1e-6), [1]), (dict(min_p=0.3), [1, 3, 4]),
+    (dict(top_k=4, top_p=0.75), [1, 3, 4]), (dict(temperature=0.5, min_p=0.3), [1, 3]),
+    (dict(), [0, 1, 2, 3, 4])])
+def test_filters_remove_what_they_say(filters, kept):
+    logits = torch.tensor([[0.1, 0.4, 0.05, 0.3, 0.15]]).log()
+    p = probabilities(logits.clone(), **filters)
+    assert p[0].nonzero()[:, 0].tolist() == kept
+    unfiltered = (logits / filters.get("temperature", 1)).softmax(-1)
+    torch.testing.assert_close(p[0, kept], unfiltered[0, kept])
+
+
+def test_filters_on_ties_and_in_the_sampler():
+    assert probabilities(torch.zeros(1, 5), top_k=3).count_nonzero() == 3
     model = tiny_model()
-    rows = Sampler(model, 8, 8).generate([[5]], samples=50, max_new_tokens=4, temperature=3.0,
-                                         top_k=1)
-    assert {tuple(row.tokens) for row in rows} == {tuple(greedy(model, [5], 4))}
+    sequences = Sampler(model, 8, 8).generate([[5]], samples=50, max_new_tokens=4,
+                                              temperature=3.0, top_k=1)
+    assert {tuple(seq.tokens) for seq in sequences} == {tuple(greedy(model, [5], 4))}
 
 
-def test_a_free_slot_takes_the_next_prompt_at_once():
-    """One row of nine tokens beside four of three: while it runs, its neighbour's slot serves three
-    of them, idle only while a prompt is read."""
-    sampler, busy = Sampler(tiny_model(), 2, 12), []
-    decode = sampler.decode
-    sampler.decode = lambda rows: busy.append(len(rows)) or decode(rows)
-
-    def steer(row, token):
-        return [63] if len(row.tokens) == (8, 2, 2, 2, 2)[row.index] else [min(token, 62)]
-
-    rows = list(sampler.generate([[1, 2]] * 5, steer, stops={63}))
-    assert [row.index for row in rows] == [1, 2, 0, 3, 4]
-    assert busy == [2, 2, 1, 2, 2, 1, 2, 2, 1, 1]
+@pytest.mark.parametrize("top_p", [0, -1, 1.5])
+def test_top_p_outside_its_range_is_refused(top_p):
+    with pytest.raises(ValueError, match="top_p"):
+        next(Sampler(tiny_model(), 1, 8).generate([[5]], temperature=1.0, top_p=top_p))
 
 
-@pytest.mark.parametrize("prompt", [[], [1] * 8, [1] * 99])
-def test_a_prompt_that_does_not_fit_is_refused_before_any_work(prompt):
-    sampler = Sampler(tiny_model(), 2, 8)
-    with pytest.raises(BadInput, match="does not fit"):
-        next(sampler.generate([[1], prompt]))
-    assert sampler.computed == 0
+# ---- Streaming ------------------------------------------------------------------------------
+
+
+class Scripted:
+    """Stands in for a sampler: `script` is a list of (token, forced)."""
+
+    def __init__(self, script):
+        self.script = script
+
+    def generate(self, prompts, controller, **options):
+        seq = Sequence(0, prompts[0])
+        for token, forced in self.script:
+            if forced:
+                seq.queue.append(token)
+            seq.append_token(token, controller)
+        seq.finish_reason = "stop"
+        yield seq
+
+
+def test_streaming_marks_forced_text(run, tiny, monkeypatch):
+    code, printed, _ = run("sample", "What?", "--model", tiny, "--max-new-tokens", 5)
+    assert code == 0 and printed.startswith("[<|im_start|>think\n]")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    code, printed, error = run("sample", "What?", "--model", tiny, "--max-new-tokens", 5)
+    assert code == 0 and printed.startswith("\033[2;33m<|im_start|>think\n\033[0m")
+    assert error == "(5 tokens, max_new_tokens)\n"
+    _, printed, _ = run("sample", "What?", "--model", tiny, "--max-new-tokens", 5, "--direct")
+    assert not printed.startswith("\033")
+
+
+def test_half_a_character_that_was_drawn_is_not_shown_as_forced(chat, capsys):
+    """It waits for its other half while tokens are sampled, and not longer."""
+    first, *rest = chat.encode("é")
+    steps = [(first, False), *((i, True) for i in chat.encode("Wait")), (first, False),
+             *((i, False) for i in rest), (first, False)]
+    shown = []
+
+    def controller(seq, token):
+        shown.append(capsys.readouterr().out)
+        return [token]
+    stream(Scripted(steps), chat, [1], controller)
+    assert shown == ["", "\ufffd[Wait]", "", "é"] and capsys.readouterr().out == "\ufffd\n"
+
+
+def test_streaming_shows_no_token_that_may_be_removed(chat, capsys):
+    """The controller removes b when c is sampled."""
+    a, b, c, d = (chat.encode(text)[0] for text in "abcd")
+
+    def controller(seq, token):
+        seq.rollback(token == c)
+        return [token]
+    stream(Scripted([(i, False) for i in (a, b, c, d)]), chat, [1], controller, max_rollback=1)
+    assert capsys.readouterr().out == "a[c]d\n"
+
+
+def test_streaming_escapes_control_characters(chat, capsys):
+    ids = chat.encode("\x1b[2J")
+    stream(Scripted([(i, False) for i in ids]), chat, [1])
+    assert capsys.readouterr().out == "\\x1b[2J\n"
+
+
+# ---- The program ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command, message", [
+    ("sample q --model {tmp}/none", "config.json"), ("sample q --top-p 0", "--top-p"),
+    ("sample", "arguments are required: question"),
+    ("sample {long} --model {short}", "does not fit: 1 to 63")])
+def test_bad_input_gets_one_line_and_exit_code_2(run, tiny, tmp_path, command, message):
+    short = tmp_path / "short"
+    short.mkdir()
+    tiny_model(vocab_size=1408, max_position_embeddings=64).save(short)
+    for path in tiny.glob("*token*"):
+        (short / path.name).write_bytes(path.read_bytes())
+    words = [word.format(tmp=tmp_path, tiny=tiny, short=short, long="word " * 200)
+             for word in command.split()]
+    code, _, error = run(*words)
+    assert code == 2 and message in error
+    assert "Traceback" not in error and error.count("error:") == 1
+
+
+def test_a_direct_answer_has_no_thinking(run, tiny):
+    flags = ("sample", "q", "--model", tiny, "--max-new-tokens", 4)
+    assert run(*flags)[1].startswith("[<|im_start|>think\n]")
+    assert not run(*flags, "--direct")[1].startswith("[")

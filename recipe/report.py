@@ -1,0 +1,266 @@
+"""What an evaluation shows: intervals, Control, Scaling, Performance; the tables and the figure.
+
+`rows` are the answers of a model in one setting, one dict per question, in the same order for all
+that are compared. A `run` is a dict that sums up such rows: see `measure`.
+"""
+import itertools
+import json
+import math
+import statistics
+from collections import defaultdict
+from dataclasses import asdict, dataclass
+
+import numpy as np
+
+# ---- Runs -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What a run asks of a model: a method of budget_force.METHODS and its numbers."""
+    method: str
+    max_thinking: int = -1              # tokens; -1 is no limit
+    min_thinking: int = 0
+    num_waits: int = 0
+    samples: int = 1                    # per question
+
+    def within_budget(self, tokens: float) -> bool | None:
+        """Returns whether a mean of thinking tokens keeps the limit; None without a limit."""
+        if self.method == "direct" or (self.max_thinking < 0 and not self.min_thinking):
+            return None
+        return tokens > self.min_thinking if self.min_thinking else tokens <= self.max_thinking
+
+
+def measure(rows: list[dict], model: str, setting: Setting, seed: int) -> dict:
+    """Returns the run of these rows. A row without an answer counts as wrong."""
+    n, correct = len(rows), sum(row["correct"] for row in rows)
+    tokens = statistics.fmean(row["thinking_tokens"] for row in rows)
+    low, high = wilson(correct, n)
+    return {"model": model, **asdict(setting), "seed": seed, "n": n, "correct": correct,
+            "accuracy": correct / n, "low": low, "high": high, "thinking_tokens": tokens,
+            "unanswered": sum(row["found"] is None for row in rows),
+            "within_budget": setting.within_budget(tokens)}
+
+
+def rejection(samples: list[dict]) -> dict:
+    """Rejection sampling: the first sample that ended by itself; without one, no answer."""
+    for tries, row in enumerate(samples, 1):
+        if row["ended"] == "natural":
+            return {**row, "tries": tries}
+    return {**samples[-1], "tries": len(samples), "found": None, "correct": False}
+
+
+def majority(samples: list[dict], equal) -> dict:
+    """Majority vote: the first sample with the answer that most samples have, by `equal`."""
+    found = [row["found"] for row in samples]
+    votes = [answer is not None and sum(other is not None and equal(answer, other)
+                                        for other in found) for answer in found]
+    row = samples[votes.index(max(votes))]
+    return {**row, "thinking_tokens": sum(row["thinking_tokens"] for row in samples)}
+
+
+def coverage(samples: list[dict]) -> dict:
+    """Coverage: a correct sample, if there is one."""
+    row = max(samples, key=lambda row: row["correct"])
+    return {**row, "thinking_tokens": sum(row["thinking_tokens"] for row in samples)}
+
+
+# ---- Measures -------------------------------------------------------------------------------
+
+
+def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Returns Wilson's 95% interval of an accuracy, between 0 and 1."""
+    p = correct / n
+    center, half = p + z * z / (2 * n), z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
+    return max(0.0, (center - half) / (1 + z * z / n)), min(1.0, (center + half) / (1 + z * z / n))
+
+
+def paired_gain(rows, others, z: float = 1.96) -> tuple[float, float, float, float]:
+    """Returns what `rows` gain over `others`, question by question: the mean in percentage points,
+    its 95% interval, and p of an exact sign test on the verdicts that differ (McNemar's)."""
+    pairs = zip(rows, others, strict=True)
+    points = 100 * np.array([float(a["correct"]) - b["correct"] for a, b in pairs])
+    mean, half = points.mean(), z * points.std() / math.sqrt(len(points))
+    gained, lost = int((points > 0).sum()), int((points < 0).sum())     # ints of any size
+    differ = gained + lost
+    tail = sum(math.comb(differ, k) for k in range(min(gained, lost) + 1))
+    return mean, mean - half, mean + half, min(1.0, 2 * tail / 2 ** differ)
+
+
+def scaling(tokens, accuracy, axis=math.log2, min_doublings: float = 0.1) -> float | None:
+    """Returns s1's Scaling (section 3.2): the mean slope over all pairs of runs, in percentage
+    points per unit of `axis`; None without a pair.
+
+    The paper writes it per token, but its printed tables reproduce only per doubling, the default
+    here. Runs without thinking are left out, and pairs closer than `min_doublings`: they would
+    divide noise by almost nothing.
+    """
+    points = sorted((a, 100 * f) for a, f in zip(tokens, accuracy, strict=True) if a >= 1)
+    slopes = [(g - f) / (axis(b) - axis(a)) for (a, f), (b, g) in itertools.combinations(points, 2)
+              if math.log2(b / a) > min_doublings]
+    return statistics.fmean(slopes) if slopes else None
+
+
+def summarize(results, resamples: int = 500) -> dict:
+    """Returns Control, Scaling and Performance (s1, section 3.2) of a method's [(run, rows)].
+
+    Control is the share of the runs with a budget that kept it. Scaling is over the runs without
+    Waits. Performance is the accuracy of the best run. The 95% intervals bootstrap the questions.
+    """
+    within = [run["within_budget"] for run, _ in results if run["within_budget"] is not None]
+    no_waits = [not run["num_waits"] for run, _ in results]
+    correct, tokens = (np.array([[row[key] for row in rows] for _, rows in results], float)
+                       for key in ("correct", "thinking_tokens"))          # (runs, questions)
+
+    def measures(questions):
+        accuracy, thinking = correct[:, questions].mean(1), tokens[:, questions].mean(1)
+        points = thinking[no_waits], accuracy[no_waits]
+        return {"scaling_points_per_doubling": scaling(*points),
+                "scaling_points_per_1000_tokens": scaling(*points, axis=lambda a: a / 1000),
+                "performance": 100 * accuracy.max()}
+
+    n = correct.shape[1]
+    summary = measures(slice(None))
+    draws = [measures(draw) for draw in np.random.default_rng(0).integers(0, n, (resamples, n))]
+    for name in [name for name in summary if summary[name] is not None]:
+        values = [draw[name] for draw in draws if draw[name] is not None]
+        summary[f"{name}_interval"] = np.percentile(values, (2.5, 97.5)).round(2).tolist()
+    return {"control": 100 * sum(within) / len(within) if within else None, **summary}
+
+
+# ---- Tables ---------------------------------------------------------------------------------
+
+
+def header(width: int = 16) -> str:
+    """Returns the table's first line; `width` is that of the longest model name."""
+    return "model".ljust(width) + " thinking budget     thought   right 95% interval"
+
+
+def table_row(run: dict, width: int = 16) -> str:
+    """Returns a run as a line of the table; a bar of 50 characters is 100%."""
+    return (f"{run['model']:{width}} {setting_name(run):18} {run['thinking_tokens']:8.1f} "
+            f"{100 * run['accuracy']:6.1f}% [{100 * run['low']:5.1f}, {100 * run['high']:5.1f}] "
+            f"{'█' * round(50 * run['accuracy'])}")
+
+
+def setting_name(run: dict) -> str:
+    """Returns what the run asked for, as "64", "unlimited + 1 Wait" or "class: short"."""
+    method, limit = run["method"], run["max_thinking"]
+    if method == "direct":
+        return "no thinking"
+    budget = "unlimited" if limit < 0 else str(limit)
+    if method == "class":
+        budget = "long" if limit < 0 else "short"
+    elif method in ("majority", "coverage"):
+        budget = f"of {run['samples']}"
+    waits = f" + {run['num_waits']} Wait" if run["num_waits"] else ""
+    return ("" if method == "budget" else f"{method}: ") + budget + waits
+
+
+def print_summary(results) -> dict:
+    """Prints the measures of a model and what each Wait gained; returns {method: measures}."""
+    summaries, model = {}, results[0][0]["model"]
+    print(f"\n{model:22} control  points per doubling     per 1,000 tokens  best run")
+    for method in dict.fromkeys(run["method"] for run, _ in results):
+        of_method = [result for result in results if result[0]["method"] == method]
+        summary = summaries[method] = summarize(of_method)
+        control = "-" if summary["control"] is None else f"{summary['control']:.0f}"
+        slopes = [with_interval(summary, f"scaling_points_per_{unit}")
+                  for unit in ("doubling", "1000_tokens")]
+        print(f"{method:22} {control:>7} {slopes[0]:>20} {slopes[1]:>20} "
+              f"{summary['performance']:8.1f}%")
+    unlimited = {run["num_waits"]: rows for run, rows in results
+                 if run["method"] == "budget" and run["max_thinking"] < 0}
+    for fewer, more in itertools.pairwise(sorted(unlimited)):
+        print("{} Wait over {}: {:+.1f} points [{:+.1f}, {:+.1f}], paired, p = {:.2g}".format(
+            more, fewer, *paired_gain(unlimited[more], unlimited[fewer])))
+    return summaries
+
+
+def with_interval(summary: dict, name: str) -> str:
+    if summary[name] is None:                   # a single run has no Scaling
+        return "-"
+    return "{:.1f} [{:.1f}, {:.1f}]".format(summary[name], *summary[f"{name}_interval"])
+
+
+def print_side_by_side(models) -> None:
+    """Prints the accuracy of several models in the same settings, its mean and its max - min."""
+    names = [runs[0]["model"] for runs in models]
+    width = max(10, *map(len, names)) + 1
+    columns = "".join(f"{name:>{width}}" for name in names)
+    print(f"\n{'thinking budget':18}{columns}{'mean':>11}{'spread':>8}")
+    for runs in zip(*models, strict=True):
+        accuracy = [100 * run["accuracy"] for run in runs]
+        print(f"{setting_name(runs[0]):18}" + "".join(f"{a:{width - 1}.1f}%" for a in accuracy)
+              + f"{statistics.fmean(accuracy):10.1f}%{max(accuracy) - min(accuracy):8.1f}")
+
+
+def finish(results, out, graders: list[str], base: str | None = None) -> None:
+    """Prints the measures of each model; writes runs.jsonl, summary.json and curve.png.
+
+    `results` lists the (run, rows) of all models. The model labelled `base` is there to compare
+    with and has no measures of its own.
+    """
+    groups = [list(group) for _, group in itertools.groupby(results, lambda pair: pair[0]["model"])]
+    groups = [group for group in groups if group[0][0]["model"] != base]
+    summary = {"graders": graders, "models": {}}
+    for group in groups:
+        summary["models"][group[0][0]["model"]] = print_summary(group)
+    if len(groups) > 1:
+        print_side_by_side([[run for run, _ in group] for group in groups])
+    runs = [run for run, _ in results]
+    lines = "".join(json.dumps(run) + "\n" for run in runs)
+    (out / "runs.jsonl").write_text(lines, encoding="utf-8")
+    (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    draw(runs, out / "curve.png")
+    print(f"wrote {out}")
+
+
+def redraw(runs: list[dict], out) -> None:
+    """Prints the table of runs that were read from runs.jsonl files, and draws curve.png."""
+    try:
+        width = max(16, *(len(run["model"]) for run in runs))
+        print(header(width), *(table_row(run, width) for run in runs), sep="\n")
+        draw(runs, out / "curve.png")
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
+        raise ValueError(f"not a runs.jsonl of an evaluation: {error!r}") from None
+
+
+# ---- Figure ---------------------------------------------------------------------------------
+
+# Okabe and Ito's palette, which colour-blind readers can tell apart.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+
+
+def draw(runs, path) -> None:
+    """Draws accuracy against thinking tokens: a line per model and method, triangles for Waits."""
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        print(f"no {path.name}: `pip install matplotlib`, then --draw with its runs.jsonl")
+        return
+    groups = defaultdict(list)
+    for run in runs:
+        point = [run[key] for key in ("thinking_tokens", "accuracy", "low", "high")]
+        groups[run["model"], run["method"], run["num_waits"] > 0].append(point)
+    # "direct" comes last, so that a base does not take the first colour from the models.
+    lines = sorted(dict.fromkeys(key[:2] for key in groups), key=lambda line: line[1] == "direct")
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.subplots()
+    for (model, method, waits), points in groups.items():
+        tokens, accuracy, *ends = np.array(sorted(points)).T * [[1], [100], [100], [100]]
+        number = lines.index((model, method))
+        colour, style = COLOURS[number % 7], ("-", "--", ":", "-.")[number % 4]
+        if method == "direct":
+            axes.axhline(accuracy[0], color=colour, linestyle=":", linewidth=1,
+                         label=f"{model}, no thinking")
+            continue
+        label = model + ("" if method == "budget" else f", {method}")
+        axes.errorbar(tokens, accuracy, abs(ends - accuracy), color=colour, capsize=3,
+                      linestyle="" if waits else style, marker="^" if waits else "o",
+                      label=f"{label}, with Waits" if waits else label)
+    axes.set(xlabel="thinking tokens, mean of the answers", ylabel="right answers, %",
+             ylim=(0, 103))                     # so that a marker at 100% is seen whole
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    figure.savefig(path, dpi=150)
