@@ -39,18 +39,18 @@ class Budget:
     Maximum: after `max_thinking` tokens the closing delimiter and "Final Answer:" are appended, on
     a new line, and the model answers.
     Minimum: the first `num_waits` times that the model wants to end its thinking, "Wait" is
-    appended instead. The token after a "Wait" cannot end the thinking again.
+    appended instead if it fits. The token after a "Wait" cannot end the thinking again.
     One exact budget: `max_thinking` bounds the thinking as a whole, all extensions included. Each
     sampled token of thinking counts, and each token of a "Wait"; delimiters and "Final Answer:" do
     not count. The answer has its own budget, `max_answer`.
 
     A Budget is a `controller`: called with a sequence and the token just sampled, it returns the
-    tokens to append instead. It knows tokens and no model.
+    tokens to append instead. It sees token ids only, never the model.
     """
     max_thinking: int                   # tokens; 0 answers at once, -1 is no limit
     num_waits: int                      # how many ends of thinking are replaced
     closing: list[int]                  # the delimiter between thinking and answer
-    waits: list[list[int]]              # "Wait"; several texts are used in turn
+    wait_ids: list[list[int]]              # "Wait"; several texts are used in turn
     final: list[int]                    # "Final Answer:"
     newline: list[int]
     line_ends: frozenset[int]           # tokens whose text ends in a newline
@@ -67,7 +67,7 @@ class Budget:
             return self.continue_answer(sequence, token)
         # The minimum: "Wait" replaces an end of thinking.
         if self.remove_end(sequence, token):
-            wait = self.waits[state.waits % len(self.waits)]
+            wait = self.wait_ids[state.waits % len(self.wait_ids)]
             if state.waits < self.num_waits and len(wait) <= self.remaining(sequence)[0]:
                 state.waits += 1
                 sequence.banned = {end[0] for end in self.end_sequences}
@@ -75,7 +75,7 @@ class Budget:
             return self.close(sequence, "natural", self.closing, [])
         # The maximum: the answer begins when no tokens remain.
         remaining, reason = self.remaining(sequence)
-        if self.repeats and sequence.repeats(self.repeats):
+        if self.repeats and sequence.is_repeating(self.repeats):
             remaining, reason = 0, "repetition"
         if remaining <= 0:
             last = (sequence.tokens or sequence.prompt)[-1]
@@ -88,6 +88,7 @@ class Budget:
         budget = self.max_thinking if self.max_thinking >= 0 else math.inf
         context = self.max_seq_len - len(sequence.prompt) - self.closing_length
         limit, reason = (budget, "cut") if budget <= context else (context, "context")
+        # All tokens so far are thinking: sampled before and after each "Wait", and the Waits.
         return limit - len(sequence.tokens), reason
 
     @property
@@ -107,7 +108,7 @@ class Budget:
     def close(self, sequence: sample.Sequence, reason: str, closing: list, final: list) -> list:
         """Ends the thinking; returns the tokens up to where the model answers."""
         state = sequence.state
-        state.ended, state.tokens = reason, len(sequence.tokens)
+        state.ended, state.thinking_tokens = reason, len(sequence.tokens)
         state.answer_start = len(sequence.tokens) + len(closing)
         state.sampled_start = state.answer_start + len(final)
         return closing + final
@@ -118,7 +119,8 @@ class Budget:
         if token in self.stop_ids:
             return [token]
         is_full = len(sequence.tokens) - start >= self.max_answer
-        return [self.end_id] if self.remove_end(sequence, token, start) or is_full else [token]
+        ends = self.remove_end(sequence, token, start)
+        return [self.end_id] if ends or is_full else [token]
 
     @classmethod
     def for_chat(cls, chat: data.Chat, max_thinking: int = -1, num_waits: int = 0,
@@ -140,7 +142,7 @@ class ThinkingState:
     """What a Budget keeps in `sequence.state`. Positions are those of `sequence.tokens`."""
     waits: int = 0                      # how many were appended
     ended: str | None = None            # why: natural, cut, context (sequence full) or repetition
-    tokens: int = 0                     # of thinking, set when it ends
+    thinking_tokens: int = 0            # set when the thinking ends
     answer_start: int | None = None     # after the closing delimiter
     sampled_start: int | None = None    # after "Final Answer:", where there is one
 
@@ -151,7 +153,7 @@ class ThinkingState:
 class Method(NamedTuple):
     """A way to control thinking (s1, sections 3.1 and 3.2)."""
     length_prompt: str | None = None    # what the question asks for: tokens, steps or class
-    enforced: bool = True               # does the controller know the limit?
+    enforced: bool = True               # whether the controller enforces max_thinking
     controller: type | None = Budget    # None: answers without thinking
     aggregate: Callable = lambda samples: samples[0]    # one row of a question's samples
 
@@ -204,8 +206,8 @@ def is_correct(text: str, reference: str | dict) -> bool:
 
 
 def graders_of(questions: list[dict]) -> list[str]:
-    return sorted({"the task's checker" if isinstance(question["answer"], dict) else
-                   grading.grader_name() for question in questions})
+    names = {dict: "the task's checker", str: grading.grader_name()}
+    return sorted({names[type(question["answer"])] for question in questions})
 
 
 def make_row(sequence: sample.Sequence, chat: data.Chat, question: dict) -> dict:
@@ -216,25 +218,24 @@ def make_row(sequence: sample.Sequence, chat: data.Chat, question: dict) -> dict
     is_cut = sequence.finish_reason != "stop" or sequence.forced[-1]
     return {**question, "text": chat.decode(sequence.tokens),
             "found": grading.extract_answer(answer),
-            "correct": is_correct(answer, question["answer"]), "thinking_tokens": state.tokens,
-            "extensions": state.waits, "ended": state.ended, "finish": sequence.finish_reason,
-            "answered": "cut" if is_cut else "natural", "tokens": len(sequence.tokens),
+            "correct": is_correct(answer, question["answer"]), "waits": state.waits,
+            "thinking_tokens": state.thinking_tokens, "ended": state.ended,
+            "answered": "cut" if is_cut else "natural", "finish": sequence.finish_reason,
+            "tokens": len(sequence.tokens),
             "forced": [i for i, forced in enumerate(sequence.forced) if forced]}
 
 
 def evaluate(sampler, chat: data.Chat, questions: list[dict], setting: Setting, args, label: str,
              file, done: dict) -> list[dict]:
-    """Asks the questions in one setting; returns their rows, of which `done` {key: row} may hold
-    some and the others are appended to `file`. A key is a hash of all that its row depends on."""
+    """One row per question: from `done` {hash of all it depends on: row}, else new in `file`."""
     method, params = METHODS[setting.method], sample.sampling_params(args)
     budget = method.controller and method.controller.for_chat(
         chat, setting.max_thinking if method.enforced else -1, setting.num_waits, args.wait_text,
         max_answer=args.max_answer, repeats=args.repeats, max_seq_len=sampler.max_seq_len)
     length = budget.closing_length if budget else args.max_answer
     prompts = [make_prompt(chat, question["question"], setting) for question in questions]
-    if (longest := max(map(len, prompts))) + length > sampler.max_seq_len:
-        raise ValueError(f"a prompt of {longest} tokens and {length} for the answer do not fit "
-                         f"into {sampler.max_seq_len} (--max-seq-len, --max-answer)")
+    if (longest := max(map(len, prompts))) + length > (limit := sampler.max_seq_len):
+        raise ValueError(f"{longest} + {length} tokens do not fit into --max-seq-len {limit}")
     weights = [[path.name, path.stat().st_size, path.stat().st_mtime_ns]
                for path in sorted(chat.directory.glob("*.safetensors"))]
     common = {"model": label, **asdict(setting), "seed": args.seed}
@@ -255,8 +256,9 @@ def evaluate(sampler, chat: data.Chat, questions: list[dict], setting: Setting, 
     if WORLD > 1:                               # each process also keeps the rows of the others
         parts = [None] * WORLD
         distributed.all_gather_object(parts, {key: done[key] for key in keys if key in done})
-        for key, row in [pair for part in parts for pair in part.items() if pair[0] not in done]:
-            done[key] = row
+        others = {key: row for part in parts for key, row in part.items() if key not in done}
+        done.update(others)
+        for row in others.values():
             rows.append_jsonl(file, row)
     return [done[key] for key in keys]
 
@@ -274,13 +276,13 @@ def watch(args) -> None:
     state = sample.stream(sampler, chat, chat.prompt(args.question), budget,
                           max_rollback=max(map(len, budget.end_sequences)) - 1,
                           stop_ids=chat.stop_ids, **sample.sampling_params(args)).state
-    print(f"({state.tokens} thinking tokens, {state.waits} Wait, ended: {state.ended})")
+    print(f"({state.thinking_tokens} thinking tokens, {state.waits} Wait, ended: {state.ended})")
 
 
 def compare(args) -> None:
     """Evaluates base and models; prints the tables and writes the directory --out."""
     settings, base_settings = requested_settings(args), [Setting("direct", 0), Setting("budget")]
-    names = [*({args.base} - {"", *args.model}), *dict.fromkeys(args.model)]
+    names = [args.base] * (args.base not in ("", *args.model)) + list(dict.fromkeys(args.model))
     labels = [Path(name).absolute().name for name in names]
     labels = labels if len(set(labels)) == len(names) else names
     questions = (rows.load_questions(args.questions, args.split, args.seed, True,
@@ -306,8 +308,7 @@ def compare(args) -> None:
 
 
 def open_rows(args) -> tuple:
-    """The directory --out, this process's file in it (rows.jsonl, or rows.r.jsonl for torchrun's
-    rank r), and {key: row} of the file."""
+    """The directory --out, this process's file of rows in it, and what that holds {key: row}."""
     if WORLD > 1:
         distributed.init_process_group("gloo", timeout=timedelta(days=7))
         args.device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" else args.device
@@ -318,8 +319,7 @@ def open_rows(args) -> tuple:
     file, done = rows.open_jsonl(out / (f"rows.{RANK}.jsonl" if RANK else "rows.jsonl"))
     if args.overwrite:
         file.truncate(0)
-        done = {}
-    return out, file, done
+    return out, file, {} if args.overwrite else done
 
 
 def main() -> None:

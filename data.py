@@ -36,7 +36,7 @@ DELIMITERS = {"s1": ("<|im_start|>think\n", "<|im_start|>answer\n"),
 CHATML = ("{% for message in messages %}<|im_start|>{{ message.role }}\n"       # without a template
           "{{ message.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-# Stand for the texts while a template is rendered; Unicode reserves them for such use.
+# Placeholders for the texts while a template is rendered: Unicode noncharacters.
 SYSTEM, QUESTION, ANSWER = "\ufdd0", "\ufdd1", "\ufdd2"
 
 
@@ -58,22 +58,23 @@ class Chat:
     def __init__(self, directory: str | Path, system: str | None = None,
                  thinking: str | None = None):
         self.directory = Path(directory)
-        self.tokenizer, self.plain, self.control = load_tokenizer(self.directory)
-        template, special_tokens = load_template(self.directory, self.control)
+        self.tokenizer, self.plain_tokenizer, self.control_ids = load_tokenizer(self.directory)
+        template, special_tokens = load_template(self.directory, self.control_ids)
         saved = read_object(self.directory / "chat.json")
         self.system = saved.get("system") if system is None else system
-        is_chatml = "<|im_start|>" in self.control and "</think>" not in template
+        is_chatml = "<|im_start|>" in self.control_ids and "</think>" not in template
         style = thinking or saved.get("thinking") or ("s1" if is_chatml else "think")
         if style not in list(DELIMITERS) or not isinstance(self.system, str | None):
-            raise ValueError(f"{self.directory}/chat.json: unknown thinking {style!r}, or a system "
-                             f"prompt that is not text")
+            raise ValueError(f"{self.directory}/chat.json: unknown thinking {style!r} or system "
+                             f"prompt {self.system!r}")
         self.settings = {"thinking": style, "system": self.system}
         self.opening, self.closing = DELIMITERS[style]
-        self.head, self.tail = self.render_template(template, special_tokens)
-        self.opening_ids, self.closing_ids = self.render(self.opening), self.render(self.closing)
+        self.prompt_text, self.end_text = self.render_template(template, special_tokens)
+        self.opening_ids = self.encode_template(self.opening)
+        self.closing_ids = self.encode_template(self.closing)
 
-        self.end_id, vocab_size = self.render(self.tail)[0], self.tokenizer.get_vocab_size()
-        self.stop_ids = {self.end_id}
+        self.end_id = self.encode_template(self.end_text)[0]
+        self.stop_ids, vocab_size = {self.end_id}, self.tokenizer.get_vocab_size()
         for name in ("config.json", "generation_config.json"):
             config = read_object(self.directory / name)
             named = config.get("eos_token_id")
@@ -83,10 +84,10 @@ class Chat:
                 raise ValueError(f"{self.directory}: the tokenizer has {vocab_size} tokens, "
                                  f"and the model has {size}")
         # The sequences that end thinking when they are sampled. The last token of a delimiter in
-        # plain text may hold any number of its newlines.
+        # plain text may hold none, one or both of its newlines.
         text = self.closing.rstrip("\n")
-        closings = ([self.closing_ids[:1]] if self.closing_ids[0] in self.control.values()
-                    else [self.render(text + "\n" * n) for n in range(3)])
+        closings = ([self.closing_ids[:1]] if self.closing_ids[0] in self.control_ids.values()
+                    else [self.encode_template(text + "\n" * n) for n in range(3)])
         self.end_sequences = {(i,) for i in self.stop_ids} | {tuple(ids) for ids in closings}
 
     def render_template(self, template: str, special_tokens: dict) -> tuple[str, str]:
@@ -105,22 +106,22 @@ class Chat:
         _, _, tail = turn.rpartition(ANSWER)
         if any(message["content"] not in head for message in messages):
             raise ValueError(f"{self.directory}: the chat template drops a message")
-        if not tail.startswith(tuple(self.control)):
+        if not tail.startswith(tuple(self.control_ids)):
             raise ValueError(f"{self.directory}: the chat template ends an answer without a token")
         return head.removesuffix(self.opening), tail        # some templates open the thinking
 
-    def render(self, text: str, question: str = "") -> list[int]:
+    def encode_template(self, text: str, question: str = "") -> list[int]:
         """Token ids of template text: control tokens by their names, everything else as text."""
-        controls = "|".join(map(re.escape, sorted(self.control, key=len, reverse=True)))
+        controls = "|".join(map(re.escape, sorted(self.control_ids, key=len, reverse=True)))
         ids = []
         for part in re.split(f"({controls})", text):
             filled = part.replace(QUESTION, question).replace(SYSTEM, self.system or "")
-            ids += [self.control[part]] if part in self.control else self.encode(filled)
+            ids += [self.control_ids[part]] if part in self.control_ids else self.encode(filled)
         return ids
 
     def encode(self, text: str) -> list[int]:
         """Token ids of plain text; `<|im_end|>` in it does not become the control token."""
-        return self.plain.encode(text, add_special_tokens=False).ids
+        return self.plain_tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: list[int]) -> str:
         return self.tokenizer.decode(ids, skip_special_tokens=False)
@@ -130,19 +131,20 @@ class Chat:
         opening = self.opening
         if not thinking:
             # A model with a `<think>` token answers at once after an empty thought.
-            has_token = self.opening.strip() in self.control
+            has_token = self.opening.strip() in self.control_ids
             opening = f"{self.opening}\n{self.closing}" if has_token else ""
-        return self.render(self.head, question) + self.render(opening)
+        return self.encode_template(self.prompt_text, question) + self.encode_template(opening)
 
     def example(self, question: str, thinking: str | None, answer: str) -> Example:
         """A training example; thinking None trains a direct answer."""
         answer = answer.strip() if "Answer:" in answer else f"Answer: {answer.strip()}"
-        reply = self.encode(answer) + self.render(self.tail)
+        reply = self.encode(answer) + self.encode_template(self.end_text)
         if thinking is None:
             prompt = self.prompt(question, thinking=False)
         else:
-            prompt, thought = self.render(self.head, question), self.encode(thinking.strip())
-            reply = self.opening_ids + thought + self.render("\n" + self.closing) + reply
+            prompt = self.encode_template(self.prompt_text, question)
+            closing = self.encode_template("\n" + self.closing)
+            reply = self.opening_ids + self.encode(thinking.strip()) + closing + reply
         return prompt + reply, len(prompt)
 
     def save(self, directory: Path) -> None:
@@ -205,9 +207,9 @@ def read_object(path: Path) -> dict:
 
 
 def shift_labels(ids: list[int], prompt_length: int) -> list[int]:
-    """The token to predict at each position, -100 where none is supervised.
+    """The loss mask: the token to predict at each position, -100 where none is supervised.
 
-    ids [5, 6, 7, 8] with prompt_length 2: [-100, 7, 8, -100].
+    ids [5, 6, 7, 8] with prompt_length 2: [-100, 7, 8, -100]. prompt_length is at least 1.
     """
     return [-100] * (prompt_length - 1) + ids[prompt_length:] + [-100]
 
@@ -218,7 +220,7 @@ def count_tokens(examples: list[Example]) -> int:
 
 def best_fit(examples: list[Example], capacity: int) -> list[list[Example]]:
     """Rows of at most `capacity` tokens: the longest example first, each into the fullest row
-    that still has space for it."""
+    that still has space for it. A longer example gets a row of its own."""
     rows = []                                   # each: [number of tokens, example, example, ...]
     for example in sorted(examples, key=lambda example: -len(example[0])):
         fits = [row for row in rows if row[0] + len(example[0]) <= capacity]
@@ -231,15 +233,15 @@ def best_fit(examples: list[Example], capacity: int) -> list[list[Example]]:
 
 
 def pack_sequences(examples: list[Example], max_tokens: int, num_processes: int = 1) -> list:
-    """Rows of examples with at most `max_tokens` tokens each, as few as best fit makes.
+    """Rows of examples with at most `max_tokens` tokens each, packed by best fit.
 
-    Processes compute a row each at a time and wait for the longest. So for several of them the rows
-    are as short as the number of rounds allows, and rows of one length share a round.
+    Several processes compute one row each and wait for the longest. Their rows are as short as the
+    number of rounds allows, and rows of similar length share a round.
     """
     rows = best_fit(examples, max_tokens)
     if num_processes > 1:
         num_rows = math.ceil(len(rows) / num_processes) * num_processes
-        # The smallest capacity that needs no more rows than that, by binary search.
+        # A binary search for a small capacity that needs no more rows than that.
         capacities = range(math.ceil(count_tokens(examples) / num_rows), max_tokens)
         i = bisect_left(capacities, True, key=lambda n: len(best_fit(examples, n)) <= num_rows)
         rows = best_fit(examples, capacities.start + i)

@@ -237,29 +237,29 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
     def forward(ctx, hidden, weight, labels, chunk_bytes=None):
         (N, C), V, on_cpu = hidden.shape, weight.shape[0], hidden.device.type == "cpu"
         chunk_bytes = chunk_bytes or (2**25 if on_cpu else 2**30)
-        rows = max(1, min(N, chunk_bytes // (4 * V)))           # 4: the softmax is float32
-        words = min(V, 4096 if on_cpu else 16384)               # a slice fits into a CPU's cache
+        chunk_size = max(1, min(N, chunk_bytes // (4 * V)))     # 4: the softmax is float32
+        vocab_chunk = min(V, 4096 if on_cpu else 16384)         # a slice fits into a CPU's cache
         w = weight.to(hidden.dtype)     # under autocast the weight is float32, hidden is bf16
         loss, grad_hidden = torch.zeros((), device=hidden.device), torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32)
         # Buffers are reused, because fresh memory costs more than the arithmetic.
-        all_logits, product = hidden.new_empty(rows, V), hidden.new_empty(words, C)
-        step, scratch = softmax_step, all_logits.new_empty(rows, V, dtype=torch.float32)
+        all_logits, product = hidden.new_empty(chunk_size, V), hidden.new_empty(vocab_chunk, C)
+        kernel, scratch = softmax_step, all_logits.new_empty(chunk_size, V, dtype=torch.float32)
         if FusedLinearCrossEntropy.compiled:
-            step, scratch = torch.compile(step, dynamic=True), None
-        for start in range(0, N, rows):
-            h, y = hidden[start:start + rows], labels[start:start + rows]    # (n, C), (n,)
+            kernel, scratch = torch.compile(softmax_step, dynamic=True), None
+        for start in range(0, N, chunk_size):
+            h, y = hidden[start:][:chunk_size], labels[start:][:chunk_size]  # (n, C), (n,)
             logits = torch.mm(h, w.T, out=all_logits[:len(h)])               # (n, V)
-            chunk_loss, label_grad = step(logits, y, None if scratch is None else scratch[:len(h)])
+            chunk_loss, y_grad = kernel(logits, y, scratch if scratch is None else scratch[:len(h)])
             loss += chunk_loss
-            torch.mm(logits, w, out=grad_hidden[start:start + rows])
-            # bf16 rounds the product, and most of a word's gradient comes from the rows labelled
-            # with it: the product leaves these out, and they are added in float32.
+            torch.mm(logits, w, out=grad_hidden[start:start + chunk_size])
+            # The bf16 product would round what the label's rows contribute, which dominates a
+            # word's gradient. It is added separately, in float32.
             logits[torch.arange(len(y), device=y.device), y] = 0
-            for v in range(0, V, words):
-                p = logits[:, v:v + words]                                   # (n, words)
-                grad_weight[v:v + words] += torch.mm(p.T, h, out=product[:p.shape[1]])
-            grad_weight.index_add_(0, y, label_grad * h)
+            for v in range(0, V, vocab_chunk):
+                p = logits[:, v:v + vocab_chunk]
+                grad_weight[v:v + vocab_chunk] += torch.mm(p.T, h, out=product[:p.shape[1]])
+            grad_weight.index_add_(0, y, y_grad * h)
         ctx.save_for_backward(grad_hidden, grad_weight)
         ctx.weight_dtype = weight.dtype
         return loss
@@ -267,7 +267,7 @@ class FusedLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad_loss):
         grad_hidden, grad_weight = ctx.saved_tensors
-        # grad_loss is 0-dim: the product keeps the dtype of grad_hidden, and 1/N is not rounded.
+        # A 0-dim float32 factor keeps the dtype of grad_hidden and is not rounded to it itself.
         # In place, because a second float32 tensor of the weight's size may not fit.
         return grad_hidden * grad_loss, grad_weight.mul_(grad_loss).to(ctx.weight_dtype), None, None
 

@@ -1,7 +1,7 @@
 """Continuous batching: generate many sequences side by side, each open to a controller.
 
 The engine in one sentence: admit waiting sequences to free slots, run the model for one token per
-slot, append what the controller makes of each token, and evict the sequences that have finished.
+slot, append the tokens that the controller returns, and evict the sequences that have finished.
 
     slot 0  prompt a a a a a a . prompt d d d d d       . = finished: the next prompt starts here,
     slot 1  prompt b b . prompt c c c c c c c c         or the last slot's sequence moves here
@@ -32,7 +32,7 @@ class Sequence:
     queue: deque[int] = field(default_factory=deque)    # forced tokens that are still to come
     banned: set[int] = field(default_factory=set)       # tokens that may not be drawn next
     state: object = None                                # for the controller's own use
-    finish_reason: str | None = None                    # see Sampler.finish_reason
+    finish_reason: str | None = None                    # see Sampler.check_finished
     rng: random.Random | None = None                    # of its draws
     prefix: list = field(default_factory=list)          # see Sampler.prefill
     ngram_counts: Counter = field(default_factory=Counter)
@@ -50,10 +50,10 @@ class Sequence:
         self.forced.append(forced)
 
     def rollback(self, n: int) -> None:
-        """Remove the last n tokens. Those that follow overwrite their cache entries."""
+        """Remove the last n tokens. Later tokens overwrite their cache entries."""
         del self.tokens[len(self.tokens) - n:], self.forced[len(self.forced) - n:]
 
-    def repeats(self, times: int, n: int = 20) -> bool:
+    def is_repeating(self, times: int, n: int = 20) -> bool:
         """Whether the last n tokens have now occurred `times` times. Call it once per token."""
         ngram = hash(tuple(self.tokens[-n:]))
         self.ngram_counts[ngram] += len(self.tokens) >= n
@@ -105,7 +105,7 @@ class Sampler:
             tokens = self.sample_tokens(torch.cat(logits), running, **sampling_params)
             for seq, token in zip(running, tokens, strict=True):
                 seq.append_token(token, controller)
-                seq.finish_reason = self.finish_reason(seq, stop_ids, max_new_tokens, repeats)
+                seq.finish_reason = self.check_finished(seq, stop_ids, max_new_tokens, repeats)
             yield from self.evict_finished(running)
 
     def decode(self, running) -> torch.Tensor:
@@ -154,7 +154,7 @@ class Sampler:
         thresholds = torch.tensor(u, dtype=sums.dtype, device=sums.device)[:, None] * sums[:, -1:]
         return torch.searchsorted(sums, thresholds, right=True)[:, 0].tolist()
 
-    def finish_reason(self, seq, stop_ids, max_new_tokens, repeats) -> str | None:
+    def check_finished(self, seq, stop_ids, max_new_tokens, repeats) -> str | None:
         """Why the sequence ends with its last token; None where it continues."""
         if seq.tokens[-1] in stop_ids:
             return "stop"
@@ -162,7 +162,7 @@ class Sampler:
             return "max_new_tokens"
         if len(seq.prompt) + len(seq.tokens) == self.max_seq_len:
             return "length"
-        return "repetition" if repeats and seq.repeats(repeats) else None
+        return "repetition" if repeats and seq.is_repeating(repeats) else None
 
     def evict_finished(self, running) -> list[Sequence]:
         """Removes and returns finished sequences; the last running one moves into each gap."""
@@ -224,11 +224,11 @@ def stream(sampler: Sampler, chat: data.Chat, prompt: list[int],
 
 
 def add_sampling_arguments(add: Callable) -> None:
-    add("--temperature", type=data.at_least(0, float), default=0.0, help="0: the likeliest token")
-    add("--top-k", type=data.at_least(0), default=0, help="draw from the k likeliest; 0: from all")
+    add("--temperature", type=data.at_least(0, float), default=0.0, help="0: the most likely token")
+    add("--top-k", type=data.at_least(0), default=0, help="the k most likely tokens; 0: all")
     add("--top-p", type=data.at_least(1e-6, float, 1), default=1.0, help="nucleus sampling; 1: off")
-    add("--min-p", type=data.at_least(0, float, 1), default=0.0, help="relative to the likeliest's")
-    add("--repeats", type=data.at_least(0), default=0, help="of 20 tokens that end it; 0: off")
+    add("--min-p", type=data.at_least(0, float, 1), default=0.0, help="relative to the most likely")
+    add("--repeats", type=data.at_least(0), default=0, help="of 20 tokens, to stop; 0: off")
     add("--seed", type=int, default=0, help="of the draws, and of the order of options")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
 

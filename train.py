@@ -30,7 +30,7 @@ from recipe import checkpoint, cost, countdown, rows
 
 
 def learning_rate(step: int, num_steps: int, max_lr: float, warmup: float) -> float:
-    """Linear from 0 over the first share `warmup` of the steps, then half a cosine down to 0."""
+    """A linear warm-up over the first share `warmup` of the steps, then a cosine towards 0."""
     warmup_steps = max(1, round(warmup * num_steps))
     if step < warmup_steps:
         return max_lr * (step + 1) / warmup_steps
@@ -105,7 +105,7 @@ def train(args):
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, num_steps, args.lr, args.warmup)
         if not torch.isfinite(loss + norm):
-            begin = [chat.decode(ids[prompt:prompt + 12]) for ids, prompt in batch[:3]]
+            begin = [chat.decode(ids[n:n + 12]) for ids, n in batch[:3]]
             raise ValueError(f"step {step + 1}: loss {loss:.3g}, gradient norm {norm:.3g}; the "
                              f"weights were not updated. Its examples begin with {begin}")
         optimizer.step()
@@ -114,7 +114,7 @@ def train(args):
         loss, norm = loss.item(), norm.item()   # waits for the device
         seconds = time.perf_counter() - start
         flops = cost.flops(config, [len(ids) for ids, _ in batch],
-                           sum(len(ids) - prompt for ids, prompt in batch))
+                           sum(len(ids) - prompt_length for ids, prompt_length in batch))
         peak = world_size * (args.device_tflops or 0) * 1e12
         metrics.append({
             "step": step, "loss": loss, "lr": group["lr"], "grad_norm": norm, "seconds": seconds,
@@ -282,7 +282,7 @@ def print_cost(args) -> None:
         batch, args.tokens_per_batch, args.devices)] for batch in epoch]
     cost.print_memory(args, config, *sizes)
     cost.print_time(args, config, num_steps, [len(ids) for ids, _ in examples],
-                    sum(len(ids) - prompt for ids, prompt in examples), row_lengths)
+                    sum(len(ids) - prompt_length for ids, prompt_length in examples), row_lengths)
 
 
 def main():
@@ -294,7 +294,7 @@ def main():
     add("--data", default="countdown", help="countdown, or traces: a file, folder or hub dataset")
     rows.add_trace_arguments(add)
     add("--n", type=positive, help="number of examples (default: 1000 of countdown, else all)")
-    add("--give-up", type=share, default=countdown.GIVE_UP, help="how likely its teacher gives up")
+    add("--give-up", type=share, default=countdown.GIVE_UP, help="how often its teacher gives up")
     add("--ask", nargs="+", choices=list(countdown.LENGTH_PROMPTS), default=[],
         help="kinds of length limits to write into the questions")
     add("--out", default="out/student", help="directory of the result")
@@ -306,7 +306,7 @@ def main():
     add("--batch-size", type=positive, default=16, help="sequences per step, over all processes")
     add("--tokens-per-batch", type=positive, default=8192, help="length of a packed row")
     add("--lr", type=at_least(0, float), default=2e-3, help="peak learning rate (s1, 32B: 1e-5)")
-    add("--warmup", type=share, default=0.05, help="share of the steps in which it rises")
+    add("--warmup", type=share, default=0.05, help="share of the steps with a rising rate")
     add("--weight-decay", type=at_least(0, float), default=1e-4, help="weight decay of matrices")
     add("--grad-clip", type=at_least(1e-9, float), default=1.0, help="largest gradient norm")
     add("--seed", type=int, default=0, help="of the examples, their order and random weights")
@@ -314,7 +314,7 @@ def main():
     add("--compile", action="store_true", help="torch.compile; takes minutes at the start")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps")
     add("--dtype", choices=("float32", "bfloat16"), help="to compute in; bfloat16 on cuda")
-    add("--save-dtype", choices=("float32", "bfloat16"), default="float32", help="of the result")
+    add("--save-dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     add("--cost", action="store_true", help="print memory, time and price of the run, and stop")
     add("--devices", type=positive, default=1, help="for --cost: how many")
     add("--device-tflops", type=at_least(1e-6, float), help="a device's peak, for MFU and --cost")

@@ -173,11 +173,11 @@ def use_chat(directory):
     """Loads a chat. Text from outside never adds a control token to an example."""
     chat = data.Chat(directory)
     assert all(chat.tokenizer.id_to_token(i) for i in chat.stop_ids), "a stop id is no token"
-    assert chat.tokenizer.id_to_token(chat.end_id) in chat.control, "a turn ends with plain text"
+    assert chat.tokenizer.id_to_token(chat.end_id) in chat.control_ids, "a turn ends in text"
     plain = chat.tokenizer.get_vocab(with_added_tokens=False).values()
-    control = set(chat.control.values()) - set(plain)
+    control = set(chat.control_ids.values()) - set(plain)
     counts = {sum(i in control for i in chat.example(text, text, text)[0])
-              for text in ("x", *list(chat.control)[:9])}
+              for text in ("x", *list(chat.control_ids)[:9])}
     assert len(counts) == 1, "text becomes a control token"
     ids, prompt_length = chat.example("2+3?", "2+3=5 \n", "5")
     assert 0 < prompt_length < len(ids) and chat.opening_ids and chat.closing_ids

@@ -15,7 +15,7 @@ END, STOP, NL, CLOSE, WAIT, FINAL, HMM = 90, 91, 92, 93, 94, 95, 97
 
 def budget(max_thinking=-1, num_waits=0, **options):
     return Budget(max_thinking, num_waits, **{**dict(
-        closing=[END, CLOSE], waits=[[WAIT]], final=[FINAL], newline=[NL],
+        closing=[END, CLOSE], wait_ids=[[WAIT]], final=[FINAL], newline=[NL],
         line_ends=frozenset({NL}), end_sequences=frozenset({(END,), (STOP,)}),
         stop_ids=frozenset({STOP}), end_id=STOP, max_answer=3), **options})
 
@@ -61,7 +61,7 @@ def play(controller, script, prompt=(NL,)):
      [1, END, 2, END, 3, 7, STOP],
      [1, WAIT, 2, WAIT, NL, END, CLOSE, FINAL, 7, STOP], 4, 2, "cut"),
     ("a Wait that does not fit into the budget",
-     dict(max_thinking=2, num_waits=1, waits=[[WAIT, WAIT]]), [1, END, 7, STOP],
+     dict(max_thinking=2, num_waits=1, wait_ids=[[WAIT, WAIT]]), [1, END, 7, STOP],
      [1, END, CLOSE, 7, STOP], 1, 0, "natural"),
     ("the answer has a budget of its own", dict(), [END, 4, 5, 6, 7, 8],
      [END, CLOSE, 4, 5, 6, STOP], 0, 0, "natural"),
@@ -69,7 +69,7 @@ def play(controller, script, prompt=(NL,)):
      [1, END, CLOSE, 7, STOP], 1, 0, "natural"),
     ("a full sequence ends it like a cut", dict(max_seq_len=13), [1, 2, 3, 4, 5, 7, 8, 9, 6],
      [1, 2, 3, 4, NL, END, CLOSE, FINAL, 7, 8, 9, STOP], 4, 0, "context"),
-    ("several texts are appended in turn", dict(num_waits=3, waits=[[WAIT], [HMM, HMM]]),
+    ("several texts are appended in turn", dict(num_waits=3, wait_ids=[[WAIT], [HMM, HMM]]),
      [1, END, 2, END, 3, END, 4, END, 7, STOP],
      [1, WAIT, 2, HMM, HMM, 3, WAIT, 4, END, CLOSE, 7, STOP], 8, 3, "natural"),
     ("an end of three tokens", PLAIN, [1, 80, 81, 82, 7, STOP],
@@ -95,7 +95,7 @@ def test_scripted(what, options, script, expected, thinking, waits, ended):
     sequence = play(budget(**options), script)
     assert sequence.tokens == expected, what
     state = sequence.state
-    assert (state.tokens, state.waits, state.ended) == (thinking, waits, ended)
+    assert (state.thinking_tokens, state.waits, state.ended) == (thinking, waits, ended)
     assert all(sequence.forced[i] for i, token in enumerate(sequence.tokens)
                if token in (WAIT, CLOSE, FINAL))
 
@@ -131,7 +131,7 @@ def random_case(rng):
     """(budget, sequence) of random options and samples."""
     options = dict(max_thinking=rng.choice([-1, 0, 1, 5, 20]), num_waits=rng.randint(0, 4),
                    max_answer=rng.randint(1, 4), repeats=rng.choice([0, 1]), max_seq_len=70,
-                   waits=[[WAIT] * rng.randint(1, 3), [WAIT]][:rng.randint(1, 2)],
+                   wait_ids=[[WAIT] * rng.randint(1, 3), [WAIT]][:rng.randint(1, 2)],
                    **rng.choice([PLAIN, {}]))
     script = rng.choices([1, 2, 3, NL, END, STOP, 80, 81, 82, 83],
                          [5, 5, 5, 3, 2 * ("closing" not in options), 1, 4, 4, 4, 2], k=600)
@@ -150,13 +150,13 @@ def test_random_samples_keep_every_promise():
         closings = [i for i in range(len(tokens)) if tokens[i:i + len(closing)] == closing]
         assert len(closings) == 1
         thinking = tokens[:closings[0]]
-        if state.ended != "natural" and len(thinking) > state.tokens:
+        if state.ended != "natural" and len(thinking) > state.thinking_tokens:
             assert thinking.pop() == NL
-        assert len(thinking) == state.tokens
-        assert controller.max_thinking < 0 or state.tokens <= controller.max_thinking
+        assert len(thinking) == state.thinking_tokens
+        assert controller.max_thinking < 0 or state.thinking_tokens <= controller.max_thinking
         assert tokens[-1] == STOP and tokens.count(STOP) == 1
         assert len(sequence.forced) == len(tokens)
-        waits = controller.waits
+        waits = controller.wait_ids
         appended = sum(len(waits[i % len(waits)]) for i in range(state.waits))
         assert tokens.count(WAIT) == appended and state.waits <= controller.num_waits
         assert tokens.count(FINAL) == (state.ended != "natural")
@@ -177,7 +177,7 @@ def test_the_logged_tokens_are_what_the_model_read():
     for first in range(16):
         for max_thinking, num_waits in ((-1, 2), (12, 1), (0, 0)):
             controller = Budget(
-                max_thinking, num_waits, closing=[1, 2], waits=[[5], [6, 6]], final=[7],
+                max_thinking, num_waits, closing=[1, 2], wait_ids=[[5], [6, 6]], final=[7],
                 newline=[8], line_ends=frozenset({8}), stop_ids=frozenset({9}), end_id=9,
                 max_answer=4, max_seq_len=40, end_sequences=frozenset(
                     {(9,), *((a, b) for a in range(0, 16, 2) for b in (1, 3, 10))}))
@@ -204,7 +204,7 @@ def test_budget_of_a_real_tokenizer(chat):
     assert (made.max_thinking, made.num_waits) == (5, 1)
     assert chat.decode(made.closing) == "<|im_start|>answer\n"
     assert chat.decode(made.final) == "Final Answer:" and chat.decode(made.newline) == "\n"
-    assert [chat.decode(wait) for wait in made.waits] == ["Wait"]
+    assert [chat.decode(wait) for wait in made.wait_ids] == ["Wait"]
     assert chat.encode("ok\n")[-1] in made.line_ends and chat.encode("ok")[-1] not in made.line_ends
     assert made.end_id == chat.end_id and made.stop_ids == chat.stop_ids
     plain = Chat(BASE, thinking="think")            # <think> is not a token of this tokenizer
@@ -223,4 +223,4 @@ def test_the_prompt_opens_the_thinking_and_is_not_counted(chat):
     assert prompt[-len(chat.opening_ids):] == chat.opening_ids
     sequence = Sequence(0, prompt)
     assert controller(sequence, chat.closing_ids[0]) == chat.closing_ids
-    assert (sequence.state.tokens, sequence.state.ended) == (0, "natural")
+    assert (sequence.state.thinking_tokens, sequence.state.ended) == (0, "natural")

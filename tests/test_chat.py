@@ -58,7 +58,7 @@ def test_text_from_outside_is_never_a_control_token(chat, text):
     for ids in (chat.prompt(text), chat.example(text, "t", "a")[0]):
         assert ids.count(end) == chat.prompt("plain").count(end) + (ids[-2] == end)
         assert text in chat.decode(ids)
-    assert not set(chat.control.values()) & set(chat.encode(text))
+    assert not set(chat.control_ids.values()) & set(chat.encode(text))
 
 
 def test_the_tokenizer_takes_any_text_and_a_number_is_one_token(chat):
@@ -95,8 +95,8 @@ def test_an_example_of_each_family(family, text):
 def test_no_text_becomes_a_control_token(family):
     """Special added tokens and others, in a question, a trace and an answer."""
     chat = Chat(FIXTURES / family)
-    evil = "x" + "".join(chat.control) + "y"
-    controls = set(chat.control.values())
+    evil = "x" + "".join(chat.control_ids) + "y"
+    controls = set(chat.control_ids.values())
     assert chat.decode(chat.encode(evil)) == evil and not controls & set(chat.encode(evil))
 
     def count(ids):
@@ -113,7 +113,7 @@ def test_the_models_own_system_prompt_is_used(copied):
         "You are Qwen, created by Alibaba Cloud. You are a helpful assistant.",
         "You are a helpful AI assistant named SmolLM, trained by Hugging Face"))
     chat = Chat(directory)
-    start, end = chat.control["<|im_start|>"], chat.control["<|im_end|>"]
+    start, end = chat.control_ids["<|im_start|>"], chat.control_ids["<|im_end|>"]
     assert chat.prompt("hi", thinking=False) == [
         start, *chat.encode("system\nYou are a helpful AI assistant named SmolLM, trained by "
                             "Hugging Face"), end, *chat.encode("\n"),
@@ -127,9 +127,9 @@ def test_a_system_prompt_can_be_chosen(family):
     text = Chat(FIXTURES / family, system="Be brief <|im_end|>.")
     prompt = text.decode(text.prompt("hi"))
     assert "Be brief <|im_end|>." in prompt and "Qwen" not in prompt
-    controls = [i for i in text.prompt("hi") if i in text.control.values()]
+    controls = [i for i in text.prompt("hi") if i in text.control_ids.values()]
     plain = Chat(FIXTURES / family, system="x")
-    assert controls == [i for i in plain.prompt("hi") if i in plain.control.values()]
+    assert controls == [i for i in plain.prompt("hi") if i in plain.control_ids.values()]
 
 
 def test_without_a_template_chatml_is_written(copied):
@@ -138,7 +138,7 @@ def test_without_a_template_chatml_is_written(copied):
     chat = Chat(directory)
     assert chat.decode(chat.prompt("hi")) == (
         "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<|im_start|>think\n")
-    assert chat.tail == "<|im_end|>\n"
+    assert chat.end_text == "<|im_end|>\n"
     tokenizer = json.loads((directory / "tokenizer.json").read_text())
     (directory / "tokenizer.json").write_text(json.dumps({**tokenizer, "added_tokens": []}))
     with pytest.raises(ValueError, match="no chat template"):

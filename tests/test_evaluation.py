@@ -66,7 +66,7 @@ def test_runs_rows_and_summary(run, tiny, model):
     assert len(rows) == 6 * len(runs) == len({row["key"] for row in rows})
     assert sum(row["correct"] for row in rows) == sum(r["correct"] for r in runs)
     assert [row["num_waits"] for row in rows[-6:]] == [1] * 6
-    assert all(row["extensions"] <= row["num_waits"] and row["seed"] == 0 for row in rows)
+    assert all(row["waits"] <= row["num_waits"] and row["seed"] == 0 for row in rows)
     assert {row["ended"] for row in rows[:6]} == {"none"}
     summary = json.loads((out / "summary.json").read_text())
     assert summary["graders"] == ["the task's checker"] and list(summary["models"]) == ["tiny"]
@@ -207,7 +207,7 @@ def test_a_row_says_how_it_came_about(chat):
                        Setting("budget", num_waits=1))
     assert row["text"] == "no\nWait1\n<|im_start|>answer\nAnswer: (3+5)*2<|im_end|>"
     assert (row["found"], row["correct"]) == ("(3+5)*2", True)
-    assert (row["extensions"], row["ended"], row["answered"]) == (1, "natural", "natural")
+    assert (row["waits"], row["ended"], row["answered"]) == (1, "natural", "natural")
     tokens = [chat.decode([i]) for i in chat.encode("no\nWait1\n")]
     assert row["thinking_tokens"] == len(tokens)
     wait = tokens.index("Wait")
@@ -403,5 +403,5 @@ def test_bad_input_is_one_line_and_exit_code_2(run, tiny, tmp_path, command, mes
 
 def test_a_prompt_without_room_for_an_answer_is_refused(run, model):
     code, _, error = run("budget_force", "--model", model, *SMALL, "--max-seq-len", 80)
-    assert code == 2 and "do not fit into 80" in error
+    assert code == 2 and "do not fit into --max-seq-len 80" in error
     assert (model / "eval" / "rows.jsonl").read_text() == ""

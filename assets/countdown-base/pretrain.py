@@ -155,7 +155,7 @@ def documents(n: int, seed: int, chat: Chat):
         if isinstance(document, tuple):
             yield chat.example(*document)[0]
         else:
-            yield chat.encode(document) + [chat.control["<|endoftext|>"]]
+            yield chat.encode(document) + [chat.control_ids["<|endoftext|>"]]
 
 
 # ---- Tokenizer ------------------------------------------------------------------------------

@@ -2,7 +2,7 @@
 CHAT, DATA = "tests/test_chat.py", "tests/test_data.py"
 MUTANTS = [
     ("text becomes control tokens", "data.py", CHAT,
-     "return self.plain.encode(text, add_special_tokens=False).ids",
+     "return self.plain_tokenizer.encode(text, add_special_tokens=False).ids",
      "return self.tokenizer.encode(text, add_special_tokens=False).ids"),
     ("the template is filled in before it is split at control tokens", "data.py", CHAT,
      'for part in re.split(f"({controls})", text):',

@@ -44,7 +44,7 @@ MUTANTS = [
     ("a sequence goes past the positions of the model", "sample.py", SAMPLE,
      "min(max_seq_len, model.config.max_position_embeddings)", "max_seq_len"),
     ("a sequence repeats itself for ever", "sample.py", SAMPLE,
-     'return "repetition" if repeats and seq.repeats(repeats) else None', "return None"),
+     'return "repetition" if repeats and seq.is_repeating(repeats) else None', "return None"),
     ("one repetition too many", "sample.py", SAMPLE,
      "self.ngram_counts[ngram] >= times > 0", "self.ngram_counts[ngram] > times > 0"),
     ("weights stay in row-major order", "sample.py", SAMPLE,
