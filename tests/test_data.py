@@ -8,6 +8,7 @@ from conftest import BASE
 
 import data
 from data import collate, count_tokens, epoch_batches, pack_sequences, shift_labels
+from recipe import cost
 
 
 def random_examples(n, longest, seed=0):
@@ -34,6 +35,37 @@ def test_packing_keeps_every_token_once_and_restarts_positions():
             documents.append(ids.tolist())
     assert sorted(documents) == sorted(ids for ids, _ in examples)
     assert count_tokens(examples) / (64 * len(rows)) > 0.9      # best fit leaves little space
+
+
+def test_rows_of_s1s_lengths_are_full():
+    """1,000 traces with a mean of about 4,700 tokens, in rows of 32,768."""
+    rng = random.Random(0)
+    lengths = [min(30000, round(rng.lognormvariate(8.25, 0.62))) for _ in range(1000)]
+    assert 4000 < sum(lengths) / 1000 < 5400
+    packed = pack_sequences([([0] * n, 1) for n in lengths], 32768)
+    assert sorted(len(ids) for row in packed for ids, _ in row) == sorted(lengths)
+    assert all(count_tokens(row) <= 32768 for row in packed)
+    assert sum(lengths) / (32768 * len(packed)) >= 0.95
+
+
+def test_the_longest_example_is_placed_first():
+    examples = [([0] * n, 1) for n in (4, 4, 6, 6)]
+    assert [count_tokens(row) for row in pack_sequences(examples, 10)] == [10, 10]
+
+
+def test_processes_share_the_tokens_of_a_step_evenly():
+    """s1's lengths, sixteen examples a step: no process waits long."""
+    rng, busy = random.Random(0), {}
+    for processes in (2, 4, 8):
+        used = slots = 0
+        for _ in range(20):
+            examples = [([0] * min(30000, round(rng.lognormvariate(8.25, 0.62))), 1)
+                        for _ in range(16)]
+            lengths = [count_tokens(row) for row in pack_sequences(examples, 32768, processes)]
+            used += sum(lengths)
+            slots += cost.token_slots(lengths, processes)
+        busy[processes] = used / slots
+    assert busy[2] > 0.95 and busy[4] > 0.9 and busy[8] > 0.6
 
 
 @pytest.mark.parametrize("processes", [2, 3, 8])
