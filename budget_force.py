@@ -205,11 +205,6 @@ def is_correct(text: str, reference: str | dict) -> bool:
     return grading.grade(text, reference)
 
 
-def graders_of(questions: list[dict]) -> list[str]:
-    names = {dict: "the task's checker", str: grading.grader_name()}
-    return sorted({names[type(question["answer"])] for question in questions})
-
-
 def make_row(sequence: sample.Sequence, chat: data.Chat, question: dict) -> dict:
     """The row of a finished sequence. Only what follows the first end of thinking is graded."""
     state = sequence.state or ThinkingState(ended="none", answer_start=0)
@@ -234,17 +229,18 @@ def evaluate(sampler, chat: data.Chat, questions: list[dict], setting: Setting, 
         max_answer=args.max_answer, repeats=args.repeats, max_seq_len=sampler.max_seq_len)
     length = budget.closing_length if budget else args.max_answer
     prompts = [make_prompt(chat, question["question"], setting) for question in questions]
-    if (longest := max(map(len, prompts))) + length > (limit := sampler.max_seq_len):
-        raise ValueError(f"{longest} + {length} tokens do not fit into --max-seq-len {limit}")
+    length += max(map(len, prompts)) + (max(0, setting.max_thinking) if method.enforced else 0)
+    if length > (limit := sampler.max_seq_len):
+        raise ValueError(f"prompt, budget and answer: {length} tokens do not fit into {limit}")
     weights = [[path.name, path.stat().st_size, path.stat().st_mtime_ns]
                for path in sorted(chat.directory.glob("*.safetensors"))]
     common = {"model": label, **asdict(setting), "seed": args.seed}
     identity = [common, weights, chat.settings, sampler.max_seq_len, params, args.max_answer,
-                args.repeats, args.wait_text, graders_of(questions)]
+                args.repeats, args.wait_text, report.graders(questions, grading.grader_name())]
     keys = [rows.request_key(*identity, *pair) for pair in zip(questions, prompts, strict=True)]
     missing = [i for i, key in enumerate(keys) if i % WORLD == RANK and key not in done]
     sequences = sampler.generate([prompts[i] for i in missing], budget, setting.samples,
-                                 None if budget else length, chat.stop_ids, **params)
+                                 None if budget else args.max_answer, chat.stop_ids, **params)
     samples = defaultdict(dict)
     for seq in tqdm(sequences, total=len(missing) * setting.samples, leave=False, disable=None):
         i = missing[seq.index]
@@ -291,7 +287,8 @@ def compare(args) -> None:
     for name in names:                          # a wrong name is an error now, not after hours
         data.Chat(data.resolve_model(name), args.system, args.thinking)
     out, file, done = open_rows(args)
-    graders, width = graders_of(questions), max(16, *map(len, labels))
+    graders = report.graders(questions, grading.grader_name())
+    width = max(16, *map(len, labels))
     print(f"{len(questions)} questions, seed {args.seed}, graded by {', '.join(graders)}. First:",
           data.escape(questions[0]["question"]), json.dumps(questions[0]["answer"]), "",
           report.header(width), sep="\n", flush=True)
@@ -337,17 +334,20 @@ def main() -> None:
     add("--num-waits", type=data.at_least(0), nargs="+", default=[1, 2],
         help="Waits, in runs without a limit; 0 for no such run")
     add("--wait-text", nargs="+", default=["Wait"], help="what is appended; several in turn")
-    add("--max-answer", type=positive, default=32, help="tokens of an answer")
+    add("--max-answer", type=positive, help="tokens of an answer (default: 32, a file 1024)")
     add("--samples", type=positive, nargs="+", default=[1, 2, 4, 8],
         help="per question: majority, coverage; the last one: rejection")
     add("--questions", help="file of questions with answers (default: Countdown)")
     rows.add_row_arguments(add)
     add("--n", type=positive, help="number of questions (default: Countdown 500, a file all)")
     add("--max-num-seqs", type=positive, default=64, help="sequences side by side")
-    add("--max-seq-len", type=positive, default=768, help="tokens of a sequence and its prompt")
+    add("--max-seq-len", type=positive, help="of prompt and answer (default: 768; a file: all)")
     add("--draw", nargs="+", metavar="RUNS", help="only table and curve of these runs.jsonl")
     sample.add_sampling_arguments(add)
     args = parser.parse_args()
+    # Countdown needs little. The Sampler bounds max_seq_len by the model's context.
+    args.max_answer = args.max_answer or (1024 if args.questions else 32)
+    args.max_seq_len = args.max_seq_len or (2**20 if args.questions else 768)
     with data.exit_on_user_error(args.debug):
         if args.draw:
             runs = [run for path in args.draw for _, run in rows.read_rows(path)]

@@ -42,6 +42,12 @@ def measure(rows: list[dict], model: str, setting: Setting, seed: int) -> dict:
             "within_budget": setting.within_budget(tokens)}
 
 
+def graders(questions: list[dict], grader_name: str) -> list[str]:
+    """Returns who judges the answers: a task's own checker where references are objects."""
+    names = {dict: "the task's checker", str: grader_name}
+    return sorted({names[type(question["answer"])] for question in questions})
+
+
 def rejection(samples: list[dict]) -> dict:
     """Rejection sampling: the first sample that ended by itself; without one, no answer."""
     for tries, row in enumerate(samples, 1):

@@ -204,7 +204,7 @@ for token in chat.encode("1+2=3 ok\\n4"):
 assert sequence.state.ended == "sure", sequence
 assert chat.decode(sequence.tokens).startswith("1+2=3 ok\\n<|im_start|>answer"), sequence
 """
-    apply(0)("--model", tiny, "--base=", "--n", 2, "--num-waits", 0, "--max-seq-len", 200, "--out",
+    apply(0)("--model", tiny, "--base=", "--n", 2, "--num-waits", 0, "--max-seq-len", 400, "--out",
              "eval", checks=checks)
     rows = read_jsonl(tmp_path / "eval" / "rows.jsonl")
     assert sorted(row["method"] for row in rows) == ["budget"] * 4 + ["sure"] * 4

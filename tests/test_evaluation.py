@@ -246,12 +246,12 @@ def test_a_finished_evaluation_prints_its_table_again(run, model, asked):
 
 
 @pytest.mark.parametrize("change", [
-    ("--seed", 1), ("--max-answer", 20), ("--max-seq-len", 190), ("--wait-text", "Hmm"),
+    ("--seed", 1), ("--max-answer", 20), ("--max-seq-len", 290), ("--wait-text", "Hmm"),
     ("--temperature", 0.5), ("--repeats", 3), ("--system", "Be brief."), ("--thinking", "think"),
     "weights", "reference"])
 def test_a_row_is_kept_for_the_same_request_only(run, model, asked, questions, change):
     command = ["budget_force", "--model", model, "--base=", "--questions", questions, "--budgets",
-               4, "--num-waits", 0, "--max-seq-len", 200]
+               4, "--num-waits", 0, "--max-seq-len", 300, "--max-answer", 32]
     assert run(*command)[0] == 0
     if change == "weights":
         os.utime(model / "model.safetensors", ns=(1, 1))
@@ -401,7 +401,15 @@ def test_bad_input_is_one_line_and_exit_code_2(run, tiny, tmp_path, command, mes
     assert sorted(tmp_path.rglob("*")) + sorted(tiny.rglob("*")) == before
 
 
+def test_a_budget_that_does_not_fit_is_refused(run, model, questions):
+    """Not cut at --max-seq-len in silence. A file's default is the model's context."""
+    flags = ("budget_force", "--model", model, "--base=", "--n", 2, "--num-waits", 0)
+    code, printed, error = run(*flags, "--budgets", 700)
+    assert code == 2 and "do not fit into 768" in error and "700 " not in printed
+    assert run(*flags, "--budgets", 700, "--questions", questions)[0] == 0
+
+
 def test_a_prompt_without_room_for_an_answer_is_refused(run, model):
     code, _, error = run("budget_force", "--model", model, *SMALL, "--max-seq-len", 80)
-    assert code == 2 and "do not fit into --max-seq-len 80" in error
+    assert code == 2 and "do not fit into 80" in error
     assert (model / "eval" / "rows.jsonl").read_text() == ""
