@@ -82,7 +82,7 @@ MUTANTS = [
     ("processes share a file", FILE, EVALUATION,
      'f"rows.{RANK}.jsonl" if RANK else "rows.jsonl"', '"rows.jsonl"'),
     ("--overwrite keeps the rows", FILE, EVALUATION, "{} if args.overwrite else done", "done"),
-    ("--overwrite keeps the file", FILE, EVALUATION, "        file.truncate(0)\n", ""),
+    ("--overwrite keeps the file", FILE, EVALUATION, "        file.truncate(0)\n", "        pass\n"),
     ("two models of one name", FILE, EVALUATION,
      "labels = labels if len(set(labels)) == len(names) else names", "labels = labels"),
     ("a wrong name is found late", FILE, EVALUATION,
