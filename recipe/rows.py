@@ -159,8 +159,9 @@ def trace_of(row: dict, teacher: str = TEACHERS[0]) -> tuple[dict, Trace]:
         raise ValueError(f"unfit ({row['unfit']})")
     question, thinking, answer = (column(row, name, teacher)
                                   for name in ("question", "thinking", "answer"))
-    thinking = thinking[0] if isinstance(thinking, list) else thinking      # s1K's trajectories
-    if generations := column(row, "generations"):                           # OpenR1-Math
+    if thinking:
+        thinking = thinking[0] if isinstance(thinking, list) else thinking  # s1K's trajectories
+    elif generations := column(row, "generations"):                         # OpenR1-Math
         verdicts = list(row.get("correctness_math_verify") or [None] * len(generations))
         best = verdicts.index(True) if True in verdicts else 0
         row = row | ({} if verdicts[best] is None else {"correct": verdicts[best]})
@@ -170,7 +171,7 @@ def trace_of(row: dict, teacher: str = TEACHERS[0]) -> tuple[dict, Trace]:
         thinking, answer = split_thinking(reply)
     elif tokenized := S1K_TEXT.search(str(row.get("text"))):
         question, thinking, answer = tokenized.groups()
-    elif not thinking and answer:                                           # LIMO
+    elif answer:                                                            # LIMO
         thinking = column(row, "solution")
     for name, text in (("question", question), ("thinking", thinking), ("answer", answer)):
         if not isinstance(text, str) or not text.strip():

@@ -115,6 +115,13 @@ def test_traces_that_are_not_understood_are_never_used(tmp_path, row, reason):
         rows.load_traces(write(tmp_path / "t.jsonl", row))
 
 
+def test_columns_of_their_own_come_before_a_conversation(tmp_path):
+    turns = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "no tags"}]
+    row = {"question": "q", "thinking": "t", "answer": "a", "messages": turns, "generations": ["y"],
+           "text": "z"}
+    assert rows.load_traces(write(tmp_path / "t.jsonl", row)) == [("q", "t", "a")]
+
+
 def test_columns_can_be_mapped(tmp_path):
     path = write(tmp_path / "t.jsonl", {"ask": "q", "cot": "t", "say": "a", "key": "5"})
     with pytest.raises(ValueError, match="no question.*the columns are ask, cot, say, key"):
