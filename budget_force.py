@@ -5,16 +5,12 @@ python budget_force.py "Use 3, 5 and 2 with ..."    prints one answer as it is g
 """
 import json
 import math
-import os
-import sys
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
-from torch import distributed
 from tqdm import tqdm
 
 import data
@@ -47,40 +43,42 @@ class Budget:
     A Budget is a `controller`: called with a sequence and the token just sampled, it returns the
     tokens to append instead. It sees token ids only, never the model.
     """
-    max_thinking: int                   # tokens; 0 answers at once, -1 is no limit
-    num_waits: int                      # how many ends of thinking are replaced
-    closing: list[int]                  # the delimiter between thinking and answer
-    wait_ids: list[list[int]]              # "Wait"; several texts are used in turn
-    final: list[int]                    # "Final Answer:"
-    newline: list[int]
-    line_ends: frozenset[int]           # tokens whose text ends in a newline
-    end_sequences: frozenset[tuple]     # the model wants to end its thinking when it samples one
-    stop_ids: frozenset[int]            # end the answer
-    end_id: int                         # the one that is appended to an answer that is cut
-    repeats: int = 0                    # 20 tokens that occur so often end the thinking; 0: never
+    chat: data.Chat                     # delimiters and stop tokens
+    max_thinking: int = -1              # tokens; 0 answers at once, -1 is no limit
+    num_waits: int = 0                  # how many ends of thinking are replaced
+    wait_texts: tuple[str, ...] = ("Wait",)     # several are used in turn
     max_answer: int = 32                # sampled tokens of the answer
+    repeats: int = 0                    # 20 tokens that occur so often end the thinking; 0: never
     max_seq_len: float = math.inf       # tokens of prompt, thinking and answer together
+
+    def __post_init__(self):
+        if self.max_thinking < -1 or self.num_waits < 0 or not all(self.wait_texts):
+            raise ValueError("max_thinking < -1, num_waits < 0, or a Wait without text")
+        encode = self.chat.encode
+        self.wait_ids = [encode(text) for text in self.wait_texts]
+        self.newline, self.final = encode("\n"), encode("Final Answer:")
 
     def __call__(self, sequence: sample.Sequence, token: int) -> list[int]:
         sequence.state = state = sequence.state or ThinkingState()
         if state.ended:
             return self.continue_answer(sequence, token)
         # The minimum: "Wait" replaces an end of thinking.
-        if self.remove_end(sequence, token):
-            wait = self.wait_ids[state.waits % len(self.wait_ids)]
+        if end := self.remove_end(sequence, token):
+            before, after = end
+            wait = before + self.wait_ids[state.waits % len(self.wait_ids)]
             if state.waits < self.num_waits and len(wait) <= self.remaining(sequence)[0]:
                 state.waits += 1
-                sequence.banned = {end[0] for end in self.end_sequences}
+                sequence.banned = self.chat.end_ids | {self.chat.closing_ids[0]}
                 return wait
-            return self.close(sequence, "natural", self.closing, [])
+            return self.close(sequence, "natural", before, self.chat.closing_ids, after)
         # The maximum: the answer begins when no tokens remain.
         remaining, reason = self.remaining(sequence)
         if self.repeats and sequence.is_repeating(self.repeats):
             remaining, reason = 0, "repetition"
         if remaining <= 0:
-            last = (sequence.tokens or sequence.prompt)[-1]
-            newline = [] if last in self.line_ends else self.newline
-            return self.close(sequence, reason, newline + self.closing, self.final)
+            last = (sequence.tokens or sequence.prompt)[-1:]
+            newline = [] if self.chat.decode(last).endswith("\n") else self.newline
+            return self.close(sequence, reason, [], newline + self.chat.closing_ids, self.final)
         return [token]
 
     def remaining(self, sequence: sample.Sequence) -> tuple[float, str]:
@@ -94,47 +92,42 @@ class Budget:
     @property
     def closing_length(self) -> int:
         """How many tokens must fit after the thinking: the delimiter and the answer."""
-        return len(self.newline + self.closing + self.final) + self.max_answer + 1
+        return len(self.newline + self.chat.closing_ids + self.final) + self.max_answer + 1
 
-    def remove_end(self, sequence: sample.Sequence, token: int, start: int = 0) -> bool:
-        """Whether `token` completes an end sequence, after `start`; removes its other tokens."""
-        for end in self.end_sequences:
-            first = len(sequence.tokens) - len(end) + 1
-            if first >= start and (*sequence.tokens[first:], token) == end:
-                sequence.rollback(len(end) - 1)
-                return True
-        return False
+    def remove_end(self, sequence: sample.Sequence, token: int) -> tuple[list, list] | None:
+        """Removes the delimiter that `token` completes; None where it completes none.
 
-    def close(self, sequence: sample.Sequence, reason: str, closing: list, final: list) -> list:
-        """Ends the thinking; returns the tokens up to where the model answers."""
+        Returns the tokens of thinking before it, and of the answer after it. A delimiter in plain
+        text may share tokens with them: `.</`, `think`, `>\\n\\n`.
+        """
+        if token in self.chat.end_ids:
+            return [], []
+        if not (closing := self.chat.closing_text):
+            return None
+        decode, encode = self.chat.decode, self.chat.encode
+        tail = [*sequence.tokens, token][-len(closing):]        # each token is a character or more
+        if closing not in decode(tail):
+            return None
+        while closing in decode(tail[1:]):
+            tail.pop(0)
+        sequence.rollback(len(tail) - 1)
+        before, _, after = decode(tail).partition(closing)
+        return encode(before), encode(after.lstrip())
+
+    def close(self, sequence: sample.Sequence, reason: str, thinking: list, closing: list,
+              answer: list) -> list[int]:
+        """Ends the thinking; returns its last tokens, the delimiter and the answer's first ones."""
         state = sequence.state
-        state.ended, state.thinking_tokens = reason, len(sequence.tokens)
-        state.answer_start = len(sequence.tokens) + len(closing)
-        state.sampled_start = state.answer_start + len(final)
-        return closing + final
+        state.ended, state.thinking_tokens = reason, len(sequence.tokens) + len(thinking)
+        state.answer_start = state.thinking_tokens + len(closing)
+        state.sampled_start = state.answer_start + len(answer)
+        return thinking + closing + answer
 
     def continue_answer(self, sequence: sample.Sequence, token: int) -> list[int]:
-        """Cuts the answer when its budget is spent, or when it would end the thinking again."""
-        start = sequence.state.sampled_start
-        if token in self.stop_ids:
-            return [token]
-        is_full = len(sequence.tokens) - start >= self.max_answer
-        ends = self.remove_end(sequence, token, start)
-        return [self.end_id] if ends or is_full else [token]
-
-    @classmethod
-    def for_chat(cls, chat: data.Chat, max_thinking: int = -1, num_waits: int = 0,
-                 wait_texts=("Wait",), **options) -> "Budget":
-        """The budget with a chat's own delimiters."""
-        if max_thinking < -1 or num_waits < 0 or not all(wait_texts):
-            raise ValueError("max_thinking < -1, num_waits < 0, or a Wait without text")
-        texts = chat.tokenizer.decode_batch(
-            [[i] for i in range(chat.tokenizer.get_vocab_size())], skip_special_tokens=False)
-        return cls(max_thinking, num_waits, chat.closing_ids, [*map(chat.encode, wait_texts)],
-                   final=chat.encode("Final Answer:"), newline=chat.encode("\n"),
-                   line_ends=frozenset(i for i, text in enumerate(texts) if text.endswith("\n")),
-                   end_sequences=frozenset(chat.end_sequences), stop_ids=frozenset(chat.stop_ids),
-                   end_id=chat.end_id, **options)
+        """Ends the answer when its budget is spent, or when it would begin another turn."""
+        is_full = len(sequence.tokens) - sequence.state.sampled_start >= self.max_answer
+        is_over = token not in self.chat.stop_ids and (is_full or token in self.chat.turn_ids)
+        return [self.chat.end_id] if is_over else [token]
 
 
 @dataclass
@@ -195,8 +188,6 @@ def requested_settings(args) -> list[Setting]:
 
 # ---- Evaluation -----------------------------------------------------------------------------
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # by torchrun
-
 
 def is_correct(text: str, reference: str | dict) -> bool:
     """Whether the answer in `text`, which follows the thinking, is right."""
@@ -220,25 +211,34 @@ def make_row(sequence: sample.Sequence, chat: data.Chat, question: dict) -> dict
             "forced": [i for i, forced in enumerate(sequence.forced) if forced]}
 
 
+def prepare(chat: data.Chat, questions: list[dict], setting: Setting, args,
+            max_seq_len: int) -> tuple[list[list[int]], Budget | None]:
+    """The prompts of a setting and its controller; ValueError if the longest does not fit."""
+    method = METHODS[setting.method]
+    budget = method.controller and method.controller(
+        chat, setting.max_thinking if method.enforced else -1, setting.num_waits,
+        tuple(args.wait_text), args.max_answer, args.repeats, max_seq_len)
+    prompts = [make_prompt(chat, question["question"], setting) for question in questions]
+    length = max(map(len, prompts)) + (max(0, budget.max_thinking) if budget else 0)
+    length += budget.closing_length if budget else args.max_answer
+    if length > max_seq_len:
+        raise ValueError(f"prompt, budget and answer are {length} tokens, and only {max_seq_len} "
+                         f"fit into a sequence ({report.setting_name(asdict(setting))})")
+    return prompts, budget
+
+
 def evaluate(sampler, chat: data.Chat, questions: list[dict], setting: Setting, args, label: str,
              file, done: dict) -> list[dict]:
     """One row per question: from `done` {hash of all it depends on: row}, else new in `file`."""
     method, params = METHODS[setting.method], sample.sampling_params(args)
-    budget = method.controller and method.controller.for_chat(
-        chat, setting.max_thinking if method.enforced else -1, setting.num_waits, args.wait_text,
-        max_answer=args.max_answer, repeats=args.repeats, max_seq_len=sampler.max_seq_len)
-    length = budget.closing_length if budget else args.max_answer
-    prompts = [make_prompt(chat, question["question"], setting) for question in questions]
-    length += max(map(len, prompts)) + (max(0, setting.max_thinking) if method.enforced else 0)
-    if length > (limit := sampler.max_seq_len):
-        raise ValueError(f"prompt, budget and answer: {length} tokens do not fit into {limit}")
+    prompts, budget = prepare(chat, questions, setting, args, sampler.max_seq_len)
     weights = [[path.name, path.stat().st_size, path.stat().st_mtime_ns]
                for path in sorted(chat.directory.glob("*.safetensors"))]
     common = {"model": label, **asdict(setting), "seed": args.seed}
     identity = [common, weights, chat.settings, sampler.max_seq_len, params, args.max_answer,
                 args.repeats, args.wait_text, report.graders(questions, grading.grader_name())]
     keys = [rows.request_key(*identity, *pair) for pair in zip(questions, prompts, strict=True)]
-    missing = [i for i, key in enumerate(keys) if i % WORLD == RANK and key not in done]
+    missing = [i for i, key in enumerate(keys) if key not in done]
     sequences = sampler.generate([prompts[i] for i in missing], budget, setting.samples,
                                  None if budget else args.max_answer, chat.stop_ids, **params)
     samples = defaultdict(dict)
@@ -249,13 +249,6 @@ def evaluate(sampler, chat: data.Chat, questions: list[dict], setting: Setting, 
             row = method.aggregate([samples[i][k] for k in sorted(samples[i])])
             done[keys[i]] = {"key": keys[i], **common, **row}
             rows.append_jsonl(file, done[keys[i]])
-    if WORLD > 1:                               # each process also keeps the rows of the others
-        parts = [None] * WORLD
-        distributed.all_gather_object(parts, {key: done[key] for key in keys if key in done})
-        others = {key: row for part in parts for key, row in part.items() if key not in done}
-        done.update(others)
-        for row in others.values():
-            rows.append_jsonl(file, row)
     return [done[key] for key in keys]
 
 
@@ -266,26 +259,28 @@ def watch(args) -> None:
     """Prints the answer to one question as the model generates it."""
     model, chat = sample.load_model(args.model[0], args)
     sampler = sample.Sampler(model, 1, args.max_seq_len)
-    budget = Budget.for_chat(
-        chat, args.budgets[-1], args.num_waits[0], args.wait_text, max_answer=args.max_answer,
-        repeats=args.repeats, max_seq_len=sampler.max_seq_len)
+    budget = Budget(chat, args.budgets[-1], args.num_waits[0], tuple(args.wait_text),
+                    args.max_answer, args.repeats, sampler.max_seq_len)
     state = sample.stream(sampler, chat, chat.prompt(args.question), budget,
-                          max_rollback=max(map(len, budget.end_sequences)) - 1,
-                          stop_ids=chat.stop_ids, **sample.sampling_params(args)).state
+                          max_rollback=len(chat.closing_text), stop_ids=chat.stop_ids,
+                          **sample.sampling_params(args)).state
     print(f"({state.thinking_tokens} thinking tokens, {state.waits} Wait, ended: {state.ended})")
 
 
 def compare(args) -> None:
     """Evaluates base and models; prints the tables and writes the directory --out."""
-    settings, base_settings = requested_settings(args), [Setting("direct", 0), Setting("budget")]
+    requested, base_settings = requested_settings(args), [Setting("direct", 0), Setting("budget")]
     names = [args.base] * (args.base not in ("", *args.model)) + list(dict.fromkeys(args.model))
     labels = [Path(name).absolute().name for name in names]
     labels = labels if len(set(labels)) == len(names) else names
     questions = (rows.load_questions(args.questions, args.split, args.seed, True,
                                      args.columns)[:args.n] if args.questions else
                  countdown.questions(args.split or "test", args.n or 500, args.seed))
-    for name in names:                          # a wrong name is an error now, not after hours
-        data.Chat(data.resolve_model(name), args.system, args.thinking)
+    settings = {name: requested if name in args.model else base_settings for name in names}
+    for name in names:                          # what does not fit is an error now, not after hours
+        chat, max_seq_len = sample.load_chat(name, args)
+        for setting in settings[name]:
+            prepare(chat, questions, setting, args, min(args.max_seq_len, max_seq_len))
     out, file, done = open_rows(args)
     graders = report.graders(questions, grading.grader_name())
     width = max(16, *map(len, labels))
@@ -296,24 +291,19 @@ def compare(args) -> None:
     for name, label in zip(names, labels, strict=True):
         model, chat = sample.load_model(name, args)
         sampler = sample.Sampler(model, args.max_num_seqs, args.max_seq_len)
-        for setting in settings if name in args.model else base_settings:
+        for setting in settings[name]:
             answers = evaluate(sampler, chat, questions, setting, args, label, file, done)
             results.append((report.measure(answers, label, setting, args.seed), answers))
             print(report.table_row(results[-1][0], width), flush=True)
-    if RANK == 0:
-        report.finish(results, out, graders, labels[0] if names[0] not in args.model else None)
+    report.finish(results, out, graders, labels[0] if names[0] not in args.model else None)
 
 
 def open_rows(args) -> tuple:
-    """The directory --out, this process's file of rows in it, and what that holds {key: row}."""
-    if WORLD > 1:
-        distributed.init_process_group("gloo", timeout=timedelta(days=7))
-        args.device = f"cuda:{os.environ['LOCAL_RANK']}" if args.device == "cuda" else args.device
-        sys.stdout = sys.stdout if RANK == 0 else open(os.devnull, "w")
+    """The directory --out, the file of rows in it, and what that holds {key: row}."""
     model = Path(args.model[0])
     out = Path(args.out or (model if model.is_dir() else Path("out", model.name)) / "eval")
     out.mkdir(parents=True, exist_ok=True)
-    file, done = rows.open_jsonl(out / (f"rows.{RANK}.jsonl" if RANK else "rows.jsonl"))
+    file, done = rows.open_jsonl(out / "rows.jsonl")
     if args.overwrite:
         file.truncate(0)
     return out, file, {} if args.overwrite else done
@@ -322,7 +312,8 @@ def open_rows(args) -> tuple:
 def main() -> None:
     parser, positive = data.ArgumentParser(__doc__.split("\n")[0]), data.at_least(1)
     add = parser.add_argument
-    add("question", nargs="?", help="watch this one: last of --budgets, first of --num-waits")
+    add("question", nargs="?", help="watch this one, written before the flags: last "
+        "of --budgets, first of --num-waits")
     data.add_model_arguments(add, nargs="+", default=["out/student"])
     add("--base", default="assets/countdown-base", help="model to compare with, '' for none")
     add("--out", help="directory of the results (default: eval in the first model's)")
@@ -333,7 +324,7 @@ def main() -> None:
         help="thinking tokens at most; -1 is no limit")
     add("--num-waits", type=data.at_least(0), nargs="+", default=[1, 2],
         help="Waits, in runs without a limit; 0 for no such run")
-    add("--wait-text", nargs="+", default=["Wait"], help="what is appended; several in turn")
+    add("--wait-text", action="append", help="what is appended (default: Wait); repeat it: in turn")
     add("--max-answer", type=positive, help="tokens of an answer (default: 32, a file 1024)")
     add("--samples", type=positive, nargs="+", default=[1, 2, 4, 8],
         help="per question: majority, coverage; the last one: rejection")
@@ -345,6 +336,7 @@ def main() -> None:
     add("--draw", nargs="+", metavar="RUNS", help="only table and curve of these runs.jsonl")
     sample.add_sampling_arguments(add)
     args = parser.parse_args()
+    args.wait_text = args.wait_text or ["Wait"]
     # Countdown needs little. The Sampler bounds max_seq_len by the model's context.
     args.max_answer = args.max_answer or (1024 if args.questions else 32)
     args.max_seq_len = args.max_seq_len or (2**20 if args.questions else 768)

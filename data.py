@@ -83,12 +83,12 @@ class Chat:
             if isinstance(size := config.get("vocab_size"), int) and size < vocab_size:
                 raise ValueError(f"{self.directory}: the tokenizer has {vocab_size} tokens, "
                                  f"and the model has {size}")
-        # The sequences that end thinking when they are sampled. The last token of a delimiter in
-        # plain text may hold none, one or both of its newlines.
-        text = self.closing.rstrip("\n")
-        closings = ([self.closing_ids[:1]] if self.closing_ids[0] in self.control_ids.values()
-                    else [self.encode_template(text + "\n" * n) for n in range(3)])
-        self.end_sequences = {(i,) for i in self.stop_ids} | {tuple(ids) for ids in closings}
+        # What ends the thinking: a control token when it is sampled, or the delimiter as text.
+        control = set(self.closing_ids[:1]) & set(self.control_ids.values())
+        self.end_ids = self.stop_ids | control
+        self.closing_text = "" if control else self.closing.rstrip("\n")
+        # s1's delimiters begin like a turn, which an answer must not.
+        self.turn_ids = control & set(self.opening_ids[:1])
 
     def render_template(self, template: str, special_tokens: dict) -> tuple[str, str]:
         """The text up to the assistant's turn and the text after it, by the rules of transformers,
@@ -326,9 +326,10 @@ class ArgumentParser(argparse.ArgumentParser):
 def at_least(minimum: float, kind: type = int, maximum: float = math.inf) -> Any:
     """The `type` of a flag that takes a number from `minimum` to `maximum`."""
     def number(text):
-        if not minimum <= kind(text) <= maximum:
-            raise argparse.ArgumentTypeError(f"{text} is not between {minimum} and {maximum}")
-        return kind(text)
+        with contextlib.suppress(ValueError):
+            if minimum <= kind(text) <= maximum:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text} is no number from {minimum} to {maximum}")
     return number
 
 

@@ -18,7 +18,7 @@ from itertools import groupby
 import torch
 
 import data
-from model import KVCache, Transformer
+from model import KVCache, Transformer, read_config
 
 
 @dataclass
@@ -235,6 +235,13 @@ def add_sampling_arguments(add: Callable) -> None:
 
 def sampling_params(args) -> dict:
     return {k: getattr(args, k) for k in ("temperature", "top_k", "top_p", "min_p", "seed")}
+
+
+def load_chat(name: str, args) -> tuple[data.Chat, int]:
+    """The chat of a directory or hub id, and how many tokens its model takes at most."""
+    directory = data.resolve_model(name)
+    chat = data.Chat(directory, args.system, args.thinking)
+    return chat, read_config(directory).max_position_embeddings
 
 
 def load_model(name: str, args) -> tuple[Transformer, data.Chat]:

@@ -402,10 +402,12 @@ def bench_forcing(model, config, rounds):
     computed = {}
 
     def budget(num_waits):
-        controller = Budget(
-            max_thinking=n - 5, num_waits=num_waits, closing=[1, 2], waits=[[3, 4]], final=[5],
-            newline=[6], line_ends=frozenset(), end_sequences=frozenset({(0,)}),
-            stop_ids=frozenset({0}), end_id=0, max_answer=1)
+        # A toy chat; 0 ends the thinking, the other ids stand for text.
+        chat = SimpleNamespace(
+            closing_ids=[1, 2], closing_text="", end_ids={0}, turn_ids=set(), stop_ids={0},
+            end_id=0, encode={"Wait": [3, 4], "Final Answer:": [5], "\n": [6]}.get,
+            decode=lambda ids: "x")
+        controller = Budget(chat, n - 5, num_waits, max_answer=1)
 
         def wants_to_end_every_30_tokens(seq, token):
             end = num_waits and len(seq.tokens) % 30 == 29

@@ -1,5 +1,6 @@
 """Budget forcing as a table of scripted tokens, and as properties of random ones: no model."""
 import random
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,18 +12,21 @@ from sample import Sampler, Sequence
 
 # A toy vocabulary: END ends thinking, STOP the answer, NL is the end of a line, the rest is words.
 END, STOP, NL, CLOSE, WAIT, FINAL, HMM = 90, 91, 92, 93, 94, 95, 97
+TEXTS = {NL: "\n", WAIT: "Wait", FINAL: "Final Answer:", HMM: "Hmm", 80: "</", 81: "think", 82: ">",
+         83: ">\n\n", 84: ".</", 85: ">So", 86: ".", 87: "So"}
+IDS = {text: [i] for i, text in TEXTS.items()} | {
+    "": [], "Wait Wait": [WAIT, WAIT], "Wait Wait Wait": [WAIT] * 3, "Hmm Hmm": [HMM, HMM]}
+TOY = dict(closing_ids=[END, CLOSE], closing_text="", end_ids={END, STOP}, turn_ids={END},
+           stop_ids={STOP}, end_id=STOP, encode=IDS.get,
+           decode=lambda ids: "".join(TEXTS.get(i, "x") for i in ids))
+# A delimiter of plain text, usually three tokens.
+PLAIN = TOY | dict(closing_ids=[80, 81, 83], closing_text="</think>", end_ids={STOP},
+                   turn_ids=set())
 
 
-def budget(max_thinking=-1, num_waits=0, **options):
-    return Budget(max_thinking, num_waits, **{**dict(
-        closing=[END, CLOSE], wait_ids=[[WAIT]], final=[FINAL], newline=[NL],
-        line_ends=frozenset({NL}), end_sequences=frozenset({(END,), (STOP,)}),
-        stop_ids=frozenset({STOP}), end_id=STOP, max_answer=3), **options})
-
-
-# A delimiter of three words of plain text, in two spellings.
-PLAIN = dict(closing=[80, 81, 82],
-             end_sequences=frozenset({(80, 81, 82), (80, 81, 83), (STOP,)}))
+def budget(max_thinking=-1, num_waits=0, chat=TOY, max_answer=3, **options):
+    return Budget(SimpleNamespace(**chat), max_thinking, num_waits, max_answer=max_answer,
+                  **options)
 
 
 def play(controller, script, prompt=(NL,)):
@@ -61,7 +65,7 @@ def play(controller, script, prompt=(NL,)):
      [1, END, 2, END, 3, 7, STOP],
      [1, WAIT, 2, WAIT, NL, END, CLOSE, FINAL, 7, STOP], 4, 2, "cut"),
     ("a Wait that does not fit into the budget",
-     dict(max_thinking=2, num_waits=1, wait_ids=[[WAIT, WAIT]]), [1, END, 7, STOP],
+     dict(max_thinking=2, num_waits=1, wait_texts=("Wait Wait",)), [1, END, 7, STOP],
      [1, END, CLOSE, 7, STOP], 1, 0, "natural"),
     ("the answer has a budget of its own", dict(), [END, 4, 5, 6, 7, 8],
      [END, CLOSE, 4, 5, 6, STOP], 0, 0, "natural"),
@@ -69,25 +73,35 @@ def play(controller, script, prompt=(NL,)):
      [1, END, CLOSE, 7, STOP], 1, 0, "natural"),
     ("a full sequence ends it like a cut", dict(max_seq_len=13), [1, 2, 3, 4, 5, 7, 8, 9, 6],
      [1, 2, 3, 4, NL, END, CLOSE, FINAL, 7, 8, 9, STOP], 4, 0, "context"),
-    ("several texts are appended in turn", dict(num_waits=3, wait_ids=[[WAIT], [HMM, HMM]]),
+    ("several texts are appended in turn", dict(num_waits=3, wait_texts=("Wait", "Hmm Hmm")),
      [1, END, 2, END, 3, END, 4, END, 7, STOP],
      [1, WAIT, 2, HMM, HMM, 3, WAIT, 4, END, CLOSE, 7, STOP], 8, 3, "natural"),
-    ("an end of three tokens", PLAIN, [1, 80, 81, 82, 7, STOP],
-     [1, 80, 81, 82, 7, STOP], 1, 0, "natural"),
-    ("an end in another spelling", PLAIN, [1, 80, 81, 83, 7, STOP],
-     [1, 80, 81, 82, 7, STOP], 1, 0, "natural"),
-    ("the words of an end alone are thinking", PLAIN, [80, 81, 1, 82, 80, 81, 82, 7, STOP],
-     [80, 81, 1, 82, 80, 81, 82, 7, STOP], 4, 0, "natural"),
-    ("a Wait replaces all three tokens", dict(num_waits=1, **PLAIN),
-     [1, 80, 81, 82, 2, STOP, 7, STOP], [1, WAIT, 2, 80, 81, 82, 7, STOP], 3, 1, "natural"),
-    ("tokens that were rolled back do not count", dict(num_waits=1, max_thinking=4, **PLAIN),
-     [1, 80, 81, 82, 2, 3, 4, 7, STOP], [1, WAIT, 2, 3, NL, 80, 81, 82, FINAL, 7, STOP], 4, 1,
+    ("an end of three tokens", dict(chat=PLAIN), [1, 80, 81, 83, 7, STOP],
+     [1, 80, 81, 83, 7, STOP], 1, 0, "natural"),
+    ("an end in another spelling", dict(chat=PLAIN), [1, 80, 81, 82, 7, STOP],
+     [1, 80, 81, 83, 7, STOP], 1, 0, "natural"),
+    ("an end that begins in mid-token", dict(chat=PLAIN), [1, 84, 81, 83, 7, STOP],
+     [1, 86, 80, 81, 83, 7, STOP], 2, 0, "natural"),
+    ("an end that the answer shares a token with", dict(chat=PLAIN), [1, 80, 81, 85, 7, STOP],
+     [1, 80, 81, 83, 87, 7, STOP], 1, 0, "natural"),
+    ("the words of an end alone are thinking", dict(chat=PLAIN),
+     [80, 81, 1, 82, 80, 81, 82, 7, STOP], [80, 81, 1, 82, 80, 81, 83, 7, STOP], 4, 0, "natural"),
+    ("a Wait replaces all three tokens", dict(num_waits=1, chat=PLAIN),
+     [1, 80, 81, 82, 2, STOP, 7, STOP], [1, WAIT, 2, 80, 81, 83, 7, STOP], 3, 1, "natural"),
+    ("a Wait follows the text before an end", dict(num_waits=1, chat=PLAIN),
+     [1, 84, 81, 85, 2, STOP, 7, STOP], [1, 86, WAIT, 2, 80, 81, 83, 7, STOP], 4, 1, "natural"),
+    ("text before an end and a Wait are one token too many",
+     dict(num_waits=1, max_thinking=2, chat=PLAIN, wait_texts=("Wait Wait",)),
+     [84, 81, 83, 7, STOP], [86, 80, 81, 83, 7, STOP], 1, 0, "natural"),
+    ("no plain end right after a Wait", dict(num_waits=1, chat=PLAIN),
+     [1, 80, 81, 82, 80, 2, STOP, 7, STOP], [1, WAIT, 2, 80, 81, 83, 7, STOP], 3, 1, "natural"),
+    ("tokens that were rolled back do not count", dict(num_waits=1, max_thinking=4, chat=PLAIN),
+     [1, 80, 81, 82, 2, 3, 4, 7, STOP], [1, WAIT, 2, 3, NL, 80, 81, 83, FINAL, 7, STOP], 4, 1,
      "cut"),
-    ("an end of three tokens cannot come twice", PLAIN, [1, STOP, 7, 80, 81, 82, 8],
-     [1, 80, 81, 82, 7, STOP], 1, 0, "natural"),
-    ("forced tokens do not complete an end",
-     dict(closing=[CLOSE, 80, 81], end_sequences=PLAIN["end_sequences"]),
-     [1, STOP, 82, 7, STOP], [1, CLOSE, 80, 81, 82, 7, STOP], 1, 0, "natural"),
+    ("thinking that opens again in the answer keeps the answer", dict(chat=PLAIN),
+     [1, 80, 81, 82, 80, 81, 82, 8, STOP], [1, 80, 81, 83, 80, 81, 82, STOP], 1, 0, "natural"),
+    ("a control token may close again too", dict(chat=TOY | dict(turn_ids=set())),
+     [1, END, 7, END, 8, STOP], [1, END, CLOSE, 7, END, 8, STOP], 1, 0, "natural"),
     ("thinking that repeats itself", dict(repeats=2, max_thinking=99), [1, 2] * 30 + [7, STOP],
      [1, 2] * 11 + [NL, END, CLOSE, FINAL, 2, 1, 2, STOP], 22, 0, "repetition"),
 ])
@@ -131,12 +145,13 @@ def random_case(rng):
     """(budget, sequence) of random options and samples."""
     options = dict(max_thinking=rng.choice([-1, 0, 1, 5, 20]), num_waits=rng.randint(0, 4),
                    max_answer=rng.randint(1, 4), repeats=rng.choice([0, 1]), max_seq_len=70,
-                   wait_ids=[[WAIT] * rng.randint(1, 3), [WAIT]][:rng.randint(1, 2)],
-                   **rng.choice([PLAIN, {}]))
-    script = rng.choices([1, 2, 3, NL, END, STOP, 80, 81, 82, 83],
-                         [5, 5, 5, 3, 2 * ("closing" not in options), 1, 4, 4, 4, 2], k=600)
+                   wait_texts=(" ".join(["Wait"] * rng.randint(1, 3)), "Wait")[:rng.randint(1, 2)],
+                   chat=rng.choice([PLAIN, TOY]))
+    script = rng.choices([1, 2, 3, NL, END, STOP, 80, 81, 82, 83, 84],
+                         [5, 5, 5, 3, 2 * (options["chat"] is TOY), 1, 4, 4, 4, 2, 2], k=600)
     for _ in range(3):
-        script[(at := rng.randrange(90)):at + 3] = [80, 81, rng.choice([82, 83])]
+        script[(at := rng.randrange(90)):at + 3] = [
+            rng.choice([80, 84]), 81, rng.choice([82, 83, 85])]
     controller = budget(**options)
     return controller, play(controller, script, prompt=[NL] * rng.randint(1, 30))
 
@@ -146,10 +161,14 @@ def test_random_samples_keep_every_promise():
     rng, seen = random.Random(0), set()
     for _ in range(4000):
         controller, sequence = random_case(rng)
-        tokens, state, closing = sequence.tokens, sequence.state, controller.closing
-        closings = [i for i in range(len(tokens)) if tokens[i:i + len(closing)] == closing]
-        assert len(closings) == 1
-        thinking = tokens[:closings[0]]
+        tokens, state = sequence.tokens, sequence.state
+        closing = controller.chat.closing_ids
+        start = state.answer_start - len(closing)
+        assert tokens[start:state.answer_start] == closing
+        thinking = tokens[:start]
+        assert not controller.chat.end_ids & set(thinking)
+        if text := controller.chat.closing_text:
+            assert text not in controller.chat.decode(thinking)
         if state.ended != "natural" and len(thinking) > state.thinking_tokens:
             assert thinking.pop() == NL
         assert len(thinking) == state.thinking_tokens
@@ -160,8 +179,8 @@ def test_random_samples_keep_every_promise():
         appended = sum(len(waits[i % len(waits)]) for i in range(state.waits))
         assert tokens.count(WAIT) == appended and state.waits <= controller.num_waits
         assert tokens.count(FINAL) == (state.ended != "natural")
-        final = tokens[state.answer_start:state.sampled_start]
-        assert final == [FINAL] * tokens.count(FINAL)
+        if state.ended != "natural":
+            assert tokens[state.answer_start:state.sampled_start] == [FINAL]
         assert len(tokens) - state.sampled_start <= controller.max_answer + 1
         assert len(sequence.prompt) + len(tokens) <= controller.max_seq_len
         assert all(sequence.forced[i] for i, token in enumerate(tokens) if token in (WAIT, FINAL))
@@ -176,11 +195,15 @@ def test_the_logged_tokens_are_what_the_model_read():
     model, rolled_back = tiny_model(initializer_range=0.5, vocab_size=16), 0
     for first in range(16):
         for max_thinking, num_waits in ((-1, 2), (12, 1), (0, 0)):
-            controller = Budget(
-                max_thinking, num_waits, closing=[1, 2], wait_ids=[[5], [6, 6]], final=[7],
-                newline=[8], line_ends=frozenset({8}), stop_ids=frozenset({9}), end_id=9,
-                max_answer=4, max_seq_len=40, end_sequences=frozenset(
-                    {(9,), *((a, b) for a in range(0, 16, 2) for b in (1, 3, 10))}))
+            # Any even token, then 1, 3 or 10, is a delimiter; it may begin in an earlier token.
+            ids = {"Wait": [5], "Hmm": [6, 6], "Final Answer:": [7], "\n": [8]}
+            texts = {8: "\n", 10: ").(", 1: ")", 3: ")"} | {i: "(" for i in (0, 2, 4, 6, 12, 14)}
+            toy = SimpleNamespace(
+                closing_ids=[1, 2], closing_text="()", end_ids={9}, turn_ids=set(), stop_ids={9},
+                end_id=9, encode=lambda text, ids=ids: ids.get(text, [11] * len(text)),
+                decode=lambda ids, texts=texts: "".join(texts.get(i, ":") for i in ids))
+            controller = Budget(toy, max_thinking, num_waits, ("Wait", "Hmm"), max_answer=4,
+                                max_seq_len=40)
             banned = {}
 
             def spy(sequence, token, controller=controller, banned=banned):
@@ -200,26 +223,35 @@ def test_the_logged_tokens_are_what_the_model_read():
 
 
 def test_budget_of_a_real_tokenizer(chat):
-    made = Budget.for_chat(chat, 5, 1)
-    assert (made.max_thinking, made.num_waits) == (5, 1)
-    assert chat.decode(made.closing) == "<|im_start|>answer\n"
+    made = Budget(chat, 5, 1)
+    assert chat.decode(chat.closing_ids) == "<|im_start|>answer\n"
     assert chat.decode(made.final) == "Final Answer:" and chat.decode(made.newline) == "\n"
     assert [chat.decode(wait) for wait in made.wait_ids] == ["Wait"]
-    assert chat.encode("ok\n")[-1] in made.line_ends and chat.encode("ok")[-1] not in made.line_ends
-    assert made.end_id == chat.end_id and made.stop_ids == chat.stop_ids
-    plain = Chat(BASE, thinking="think")            # <think> is not a token of this tokenizer
-    made = Budget.for_chat(plain)
-    texts = {plain.decode(end) for end in made.end_sequences if len(end) > 1}
-    assert texts == {"</think>", "</think>\n", "</think>\n\n"}
-    assert {(chat.end_id,), tuple(plain.closing_ids)} < made.end_sequences
-    for bad in (dict(max_thinking=-2), dict(num_waits=-1), dict(wait_texts=["Wait", ""])):
+    assert chat.turn_ids == {chat.closing_ids[0]} and chat.end_id in chat.stop_ids
+    assert (chat.end_ids, chat.closing_text) == (chat.stop_ids | chat.turn_ids, "")
+    for bad in (dict(max_thinking=-2), dict(num_waits=-1), dict(wait_texts=("Wait", ""))):
         with pytest.raises(ValueError, match="Wait"):
-            Budget.for_chat(chat, **bad)
+            Budget(chat, **bad)
+
+
+@pytest.mark.parametrize("text", ["so 5</think>", "so 5.</think>It", "so \u00e9</think>5",
+                                  "</think>", "so 5 </think> <think>"])
+def test_a_plain_text_delimiter_is_found_in_whatever_tokens(text):
+    """`<think>` is no token of this tokenizer. The thinking keeps its text to the last letter."""
+    plain = Chat(BASE, thinking="think")
+    assert (plain.closing_text, plain.turn_ids) == ("</think>", set())
+    before, after = text.split("</think>")
+    for num_waits in (0, 1):
+        sequence = play(Budget(plain, num_waits=num_waits), plain.encode(text), prompt=[5])
+        while sequence.queue:
+            sequence.append_token(None)
+        expected = f"{before}Wait{after}" if num_waits else f"{before}</think>\n\n{after}"
+        assert plain.decode(sequence.tokens) == expected
 
 
 def test_the_prompt_opens_the_thinking_and_is_not_counted(chat):
     """An end as the very first token is an end of no thinking at all."""
-    controller, prompt = Budget.for_chat(chat), chat.prompt("Use 1 and 2.")
+    controller, prompt = Budget(chat), chat.prompt("Use 1 and 2.")
     assert prompt[-len(chat.opening_ids):] == chat.opening_ids
     sequence = Sequence(0, prompt)
     assert controller(sequence, chat.closing_ids[0]) == chat.closing_ids

@@ -198,7 +198,7 @@ def test_a_controller_of_your_own(apply, tiny, tmp_path):
     checks = f"""
 import budget_force, data, sample
 chat = data.Chat({str(tiny)!r})
-controller, sequence = budget_force.Sure.for_chat(chat), sample.Sequence(0, chat.prompt("q"))
+controller, sequence = budget_force.Sure(chat), sample.Sequence(0, chat.prompt("q"))
 for token in chat.encode("1+2=3 ok\\n4"):
     sequence.tokens += controller(sequence, token)
 assert sequence.state.ended == "sure", sequence

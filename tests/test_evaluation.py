@@ -5,13 +5,12 @@ import os
 import random
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from types import SimpleNamespace
 
 import pytest
-from conftest import BASE, ROOT
+from conftest import BASE
 
 import budget_force
 from budget_force import METHODS, evaluate, is_correct, make_prompt
@@ -321,56 +320,6 @@ def test_two_evaluations_do_not_write_to_one_file(run, model):
     assert code == 2 and "rows.jsonl" in error
 
 
-def torchrun(model, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2",
-         "--", ROOT / "budget_force.py", "--model", model, *map(str, SMALL + arguments)],
-        capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-
-
-def test_two_processes_share_the_questions(run, tiny, tmp_path):
-    one, two = (shutil.copytree(tiny, tmp_path / name / "tiny") for name in ("one", "two"))
-    assert run("budget_force", "--model", one, *SMALL)[0] == 0
-    done = torchrun(two)
-    assert done.returncode == 0, done.stderr
-    assert results_of(one / "eval") == results_of(two / "eval")
-    assert done.stdout.count("thinking budget") == done.stdout.count("wrote") == 1   # rank 0 alone
-    # One process goes on with the rows of both, and two with those of one.
-    rows = (two / "eval" / "rows.jsonl").read_bytes()
-    assert run("budget_force", "--model", two, *SMALL)[0] == 0
-    assert (two / "eval" / "rows.jsonl").read_bytes() == rows
-
-
-@pytest.mark.parametrize("known, missing", [((), [1, 4]), ((1,), [4]), ((0, 4, 6), [1])])
-def test_a_process_asks_its_share(chat, monkeypatch, known, missing):
-    """Rank 1 of 3 asks the questions 1 and 4 of seven, unless it knows them, and returns the rows
-    of all in their order."""
-    monkeypatch.setattr(budget_force, "RANK", 1)
-    monkeypatch.setattr(budget_force, "WORLD", 3)
-    questions = [{"question": f"{i}", "answer": "5"} for i in range(7)]
-    args = SimpleNamespace(wait_text=["Wait"], max_answer=32, repeats=0, temperature=0, top_k=0,
-                           top_p=1, min_p=0, seed=0)
-    keys = []
-    monkeypatch.setattr(budget_force.rows, "request_key", lambda *parts: keys.append(
-        parts[-2]["question"]) or keys[-1])
-    sampler, file, prompts = Scripted(chat, "<|im_start|>Answer: 5<|im_end|>"), io.BytesIO(), []
-    generate = sampler.generate
-    monkeypatch.setattr(sampler, "generate", lambda asked, *others, **options: (
-        prompts.extend(asked) or generate(asked, *others, **options)))
-
-    def all_gather(parts, mine):
-        everyone = {str(i): {"question": str(i), "rank": i % 3} for i in range(7)}
-        parts[:] = [{key: row for key, row in everyone.items() if row["rank"] == rank}
-                    for rank in range(3)]
-        parts[1] = mine
-    monkeypatch.setattr(budget_force.distributed, "all_gather_object", all_gather)
-    done = {str(i): {"question": str(i), "known": True} for i in known}
-    found = evaluate(sampler, chat, questions, Setting("budget"), args, "m", file, done)
-    assert [row["question"] for row in found] == [str(i) for i in range(7)]
-    assert prompts == [chat.prompt(str(i)) for i in missing]
-    assert len(file.getvalue().splitlines()) == 7 - len(known)
-
-
 # ---- Bad input ------------------------------------------------------------------------------
 
 
@@ -405,11 +354,12 @@ def test_a_budget_that_does_not_fit_is_refused(run, model, questions):
     """Not cut at --max-seq-len in silence. A file's default is the model's context."""
     flags = ("budget_force", "--model", model, "--base=", "--n", 2, "--num-waits", 0)
     code, printed, error = run(*flags, "--budgets", 700)
-    assert code == 2 and "do not fit into 768" in error and "700 " not in printed
+    assert code == 2 and "only 768 fit into a sequence (700)" in error and not printed
+    code, printed, error = run(*flags, "--budgets", 16, 700)        # before the first is run
+    assert code == 2 and "(700)" in error and not printed
     assert run(*flags, "--budgets", 700, "--questions", questions)[0] == 0
 
 
 def test_a_prompt_without_room_for_an_answer_is_refused(run, model):
     code, _, error = run("budget_force", "--model", model, *SMALL, "--max-seq-len", 80)
-    assert code == 2 and "do not fit into 80" in error
-    assert (model / "eval" / "rows.jsonl").read_text() == ""
+    assert code == 2 and "only 80 fit" in error and not (model / "eval").exists()
