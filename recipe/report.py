@@ -1,4 +1,4 @@
-"""What an evaluation shows: intervals, Control, Scaling, Performance; the tables and the figure.
+"""What an evaluation shows: intervals, Control, Scaling, Performance; tables, page and figure.
 
 `rows` are the answers of a model in one setting, one dict per question, in the same order for all
 that are compared. A `run` is a dict that sums up such rows: see `measure`.
@@ -156,7 +156,7 @@ def summarize(results, resamples: int = 500) -> dict:
 
 def header(width: int = 16) -> str:
     """Returns the table's first line; `width` is that of the longest model name."""
-    return "model".ljust(width) + " thinking budget     thought   right 95% interval      cut   none"
+    return f"{'model':{width}} thinking budget     thought   right 95% interval      cut   none"
 
 
 def table_row(run: dict, width: int = 16) -> str:
