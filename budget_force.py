@@ -208,7 +208,7 @@ def make_row(sequence: sample.Sequence, chat: data.Chat, question: dict) -> dict
             "thinking_tokens": state.thinking_tokens, "ended": state.ended,
             "answered": "cut" if is_cut else "natural", "finish": sequence.finish_reason,
             "tokens": len(sequence.tokens),
-            "forced": [i for i, forced in enumerate(sequence.forced) if forced]}
+            "forced_spans": report.forced_spans(sequence.tokens, sequence.forced, chat.decode)}
 
 
 def prepare(chat: data.Chat, questions: list[dict], setting: Setting, args,

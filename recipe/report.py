@@ -1,4 +1,4 @@
-"""What an evaluation shows: intervals, Control, Scaling, Performance; the tables and the figure.
+"""What an evaluation shows: intervals, Control, Scaling, Performance; tables, page and figure.
 
 `rows` are the answers of a model in one setting, one dict per question, in the same order for all
 that are compared. A `run` is a dict that sums up such rows: see `measure`.
@@ -6,9 +6,12 @@ that are compared. A `run` is a dict that sums up such rows: see `measure`.
 import itertools
 import json
 import math
+import os.path
 import statistics
 from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -38,8 +41,21 @@ def measure(rows: list[dict], model: str, setting: Setting, seed: int) -> dict:
     low, high = wilson(correct, n)
     return {"model": model, **asdict(setting), "seed": seed, "n": n, "correct": correct,
             "accuracy": correct / n, "low": low, "high": high, "thinking_tokens": tokens,
+            "cut": sum(row["answered"] == "cut" for row in rows),
             "unanswered": sum(row["found"] is None for row in rows),
             "within_budget": setting.within_budget(tokens)}
+
+
+def forced_spans(tokens: list[int], forced: list[bool], decode: Callable) -> list[list[int]]:
+    """Returns [start, end] of each forced part of the decoded text, in characters."""
+    text, position, end, spans = decode(tokens), 0, 0, []
+    for is_forced, run in itertools.groupby(forced):
+        position, start = position + len(list(run)), end
+        # A character that the next token completes is not in the text so far.
+        end = len(os.path.commonprefix([decode(tokens[:position]), text]))
+        if is_forced:
+            spans.append([start, end])
+    return spans
 
 
 def graders(questions: list[dict], grader_name: str) -> list[str]:
@@ -53,7 +69,8 @@ def rejection(samples: list[dict]) -> dict:
     for tries, row in enumerate(samples, 1):
         if row["ended"] == "natural":
             return {**row, "tries": tries}
-    return {**samples[-1], "tries": len(samples), "found": None, "correct": False}
+    none = {"found": None, "correct": False, "answered": "none"}
+    return {**samples[-1], "tries": len(samples), **none}
 
 
 def majority(samples: list[dict], equal) -> dict:
@@ -66,8 +83,8 @@ def majority(samples: list[dict], equal) -> dict:
 
 
 def coverage(samples: list[dict]) -> dict:
-    """Coverage: a correct sample, if there is one."""
-    row = max(samples, key=lambda row: row["correct"])
+    """Coverage: a correct sample, if there is one, else one with an answer."""
+    row = max(samples, key=lambda row: (row["correct"], row["found"] is not None))
     return {**row, "thinking_tokens": sum(row["thinking_tokens"] for row in samples)}
 
 
@@ -139,14 +156,16 @@ def summarize(results, resamples: int = 500) -> dict:
 
 def header(width: int = 16) -> str:
     """Returns the table's first line; `width` is that of the longest model name."""
-    return "model".ljust(width) + " thinking budget     thought   right 95% interval"
+    return f"{'model':{width}} thinking budget     thought   right 95% interval      cut   none"
 
 
 def table_row(run: dict, width: int = 16) -> str:
-    """Returns a run as a line of the table; a bar of 50 characters is 100%."""
+    """Returns a run as a line of the table; a bar of 25 characters is 100%."""
+    cut, none = (f"{run[key] / run['n']:.1%}" if key in run else "-"    # older runs lack "cut"
+                 for key in ("cut", "unanswered"))
     return (f"{run['model']:{width}} {setting_name(run):18} {run['thinking_tokens']:8.1f} "
             f"{100 * run['accuracy']:6.1f}% [{100 * run['low']:5.1f}, {100 * run['high']:5.1f}] "
-            f"{'█' * round(50 * run['accuracy'])}")
+            f"{cut:>6} {none:>6} {'█' * round(25 * run['accuracy'])}")
 
 
 def setting_name(run: dict) -> str:
@@ -202,13 +221,14 @@ def print_side_by_side(models) -> None:
 
 
 def finish(results, out, graders: list[str], base: str | None = None) -> None:
-    """Prints the measures of each model; writes runs.jsonl, summary.json and curve.png.
+    """Prints the measures of each model; writes runs.jsonl, summary.json, report.html, curve.png.
 
     `results` lists the (run, rows) of all models. The model labelled `base` is there to compare
     with and has no measures of its own.
     """
+    results = [({**run, "base": run["model"] == base}, rows) for run, rows in results]
     groups = [list(group) for _, group in itertools.groupby(results, lambda pair: pair[0]["model"])]
-    groups = [group for group in groups if group[0][0]["model"] != base]
+    groups = [group for group in groups if not group[0][0]["base"]]
     summary = {"graders": graders, "models": {}}
     for group in groups:
         summary["models"][group[0][0]["model"]] = print_summary(group)
@@ -218,6 +238,7 @@ def finish(results, out, graders: list[str], base: str | None = None) -> None:
     lines = "".join(json.dumps(run) + "\n" for run in runs)
     (out / "runs.jsonl").write_text(lines, encoding="utf-8")
     (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_page(results, out / "report.html")
     draw(runs, out / "curve.png")
     print(f"wrote {out}")
 
@@ -228,8 +249,21 @@ def redraw(runs: list[dict], out) -> None:
         width = max(16, *(len(run["model"]) for run in runs))
         print(header(width), *(table_row(run, width) for run in runs), sep="\n")
         draw(runs, out / "curve.png")
-    except (KeyError, TypeError, ValueError, OverflowError) as error:
+    except (KeyError, TypeError, ValueError, ArithmeticError) as error:
         raise ValueError(f"not a runs.jsonl of an evaluation: {error!r}") from None
+
+
+# ---- Page -----------------------------------------------------------------------------------
+
+
+def write_page(results, path: Path) -> None:
+    """Writes a page with the curve, the runs and all answers; it loads nothing from elsewhere."""
+    page = {"runs": [{**run, "setting": setting_name(run)} for run, _ in results],
+            "rows": [rows for _, rows in results]}
+    # Written as an escape, no "<" in a text can end the script element around the JSON.
+    text = json.dumps(page).replace("<", "\\u003c")
+    template = Path(__file__).with_suffix(".html").read_text(encoding="utf-8")
+    path.write_text(template.replace("{{page}}", text), encoding="utf-8")
 
 
 # ---- Figure ---------------------------------------------------------------------------------
@@ -239,34 +273,51 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 
 
 def draw(runs, path) -> None:
-    """Draws accuracy against thinking tokens: a line per model and method, triangles for Waits."""
+    """Draws accuracy against thinking tokens: a line per model and method, triangles for Waits.
+
+    An accuracy without thinking is a horizontal line, all that is drawn of the base.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
         print(f"no {path.name}: `pip install matplotlib`, then --draw with its runs.jsonl")
         return
-    groups = defaultdict(list)
-    for run in runs:
-        point = [run[key] for key in ("thinking_tokens", "accuracy", "low", "high")]
-        groups[run["model"], run["method"], run["num_waits"] > 0].append(point)
-    # "direct" comes last, so that a base does not take the first colour from the models.
-    lines = sorted(dict.fromkeys(key[:2] for key in groups), key=lambda line: line[1] == "direct")
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axes = figure.subplots()
-    for (model, method, waits), points in groups.items():
-        tokens, accuracy, *ends = np.array(sorted(points)).T * [[1], [100], [100], [100]]
-        number = lines.index((model, method))
-        colour, style = COLOURS[number % 7], ("-", "--", ":", "-.")[number % 4]
-        if method == "direct":
-            axes.axhline(accuracy[0], color=colour, linestyle=":", linewidth=1,
-                         label=f"{model}, no thinking")
-            continue
-        label = model + ("" if method == "budget" else f", {method}")
-        axes.errorbar(tokens, accuracy, abs(ends - accuracy), color=colour, capsize=3,
-                      linestyle="" if waits else style, marker="^" if waits else "o",
-                      label=f"{label}, with Waits" if waits else label)
+    lines = defaultdict(list)
+    for run in runs:
+        if run["method"] == "direct":
+            height = 100 * run["accuracy"]
+            axes.axhline(height, color="0.5", linestyle="--", linewidth=1)
+            axes.annotate(f"{run['model']}, no thinking", (0.99, height), (0, 4), ha="right",
+                          xycoords=("axes fraction", "data"), textcoords="offset points")
+        elif not run.get("base"):
+            method = "" if run["method"] == "budget" else f", {run['method']}"
+            lines[run["model"] + method].append(run)
+    for number, (label, group) in enumerate(lines.items()):
+        style = {"color": COLOURS[number % 7], "capsize": 3}
+        waits = [run for run in group if run["num_waits"]]
+        budgets = [run for run in group if not run["num_waits"]]
+        unlimited = [run for run in group if run["max_thinking"] < 0]
+        plot_runs(axes, budgets, label=label, marker="o", **style)
+        plot_runs(axes, waits, marker="^", linestyle="", **style)
+        plot_runs(axes, unlimited if waits else [], linestyle=":", **style)
+        for run in waits:
+            text = "1 Wait" if run["num_waits"] == 1 else f"{run['num_waits']} Waits"
+            axes.annotate(text, (run["thinking_tokens"], 100 * run["accuracy"]), (0, -18),
+                          ha="center", textcoords="offset points")
     axes.set(xlabel="thinking tokens, mean of the answers", ylabel="right answers, %",
-             ylim=(0, 103))                     # so that a marker at 100% is seen whole
+             xlim=(0, None), ylim=(0, 103))     # so that a marker at 100% is seen whole
+    axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
-    axes.legend(fontsize=8)
+    axes.legend(loc="lower right", frameon=False)
     figure.savefig(path, dpi=150)
+
+
+def plot_runs(axes, runs, **style) -> None:
+    """Plots runs in the order of their thinking tokens, with intervals."""
+    points = sorted([run[key] for key in ("thinking_tokens", "accuracy", "low", "high")]
+                    for run in runs)
+    if points:
+        tokens, accuracy, *ends = np.array(points).T * [[1], [100], [100], [100]]
+        axes.errorbar(tokens, accuracy, abs(ends - accuracy), **style)

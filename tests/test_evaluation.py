@@ -207,10 +207,8 @@ def test_a_row_says_how_it_came_about(chat):
     assert row["text"] == "no\nWait1\n<|im_start|>answer\nAnswer: (3+5)*2<|im_end|>"
     assert (row["found"], row["correct"]) == ("(3+5)*2", True)
     assert (row["waits"], row["ended"], row["answered"]) == (1, "natural", "natural")
-    tokens = [chat.decode([i]) for i in chat.encode("no\nWait1\n")]
-    assert row["thinking_tokens"] == len(tokens)
-    wait = tokens.index("Wait")
-    assert row["forced"] == [wait, *range(len(tokens) + 1, len(tokens) + len(chat.closing_ids))]
+    assert row["thinking_tokens"] == len(chat.encode("no\nWait1\n"))
+    assert [row["text"][start:end] for start, end in row["forced_spans"]] == ["Wait", "answer\n"]
     assert (row["model"], row["method"], row["num_waits"], row["seed"]) == ("m", "budget", 1, 0)
     cut = scripted_row(chat, "<|im_start|>" + "1+" * 40, Setting("budget"))
     assert cut["answered"] == "cut" and cut["text"].endswith("1+1+<|im_end|>")

@@ -1,15 +1,19 @@
-"""recipe/report.py: measures against numbers worked by hand, the tables, the figure."""
+"""recipe/report.py: measures against numbers worked by hand, the tables, the page, the figure."""
 import json
+import re
 import sys
+from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 
 from recipe import report
-from recipe.report import Setting, measure, paired_gain, scaling, summarize, wilson
+from recipe.report import Setting, forced_spans, measure, paired_gain, scaling, summarize, wilson
 
 
 def a_row(**changes):
-    return dict(found="1", correct=False, ended="natural", thinking_tokens=10) | changes
+    return dict(found="1", correct=False, ended="natural", answered="natural",
+                thinking_tokens=10) | changes
 
 
 def a_run(tokens, accuracy, within_budget=True, n=1000, **changes):
@@ -23,13 +27,15 @@ def a_run(tokens, accuracy, within_budget=True, n=1000, **changes):
 
 
 def test_measure():
-    rows = [a_row(correct=i < 30, found=None if i > 37 else "5") for i in range(40)]
+    rows = [a_row(correct=i < 30, found=None if i > 37 else "5",
+                  answered="cut" if i < 3 else "natural") for i in range(40)]
     run = measure(rows, "student", Setting("budget", 16), 3)
     low, high = wilson(30, 40)
     assert run == {
         "model": "student", "method": "budget", "max_thinking": 16, "min_thinking": 0,
         "num_waits": 0, "samples": 1, "seed": 3, "n": 40, "correct": 30, "accuracy": 0.75,
-        "low": low, "high": high, "thinking_tokens": 10.0, "unanswered": 2, "within_budget": True}
+        "low": low, "high": high, "thinking_tokens": 10.0, "cut": 3, "unanswered": 2,
+        "within_budget": True}
 
 
 def test_wilson():
@@ -90,8 +96,9 @@ def test_scaling_is_per_doubling():
 def test_rejection_takes_the_first_natural_end():
     cut, right, other = a_row(ended="cut"), a_row(found="2", correct=True), a_row(found="3")
     assert report.rejection([cut, right, other]) == {**right, "tries": 2}
-    none = report.rejection([cut, {**cut, "correct": True}])
+    none = report.rejection([cut, {**cut, "correct": True, "answered": "cut"}])
     assert (none["found"], none["correct"], none["tries"]) == (None, False, 2)
+    assert none["answered"] == "none"                           # not a cut answer: none was taken
 
 
 def test_majority_vote():
@@ -111,16 +118,22 @@ def test_coverage_takes_a_correct_sample():
     wrong, right = a_row(found=None), a_row(found="2", correct=True)
     assert report.coverage([wrong, right, wrong]) == {**right, "thinking_tokens": 30}
     assert report.coverage([wrong, wrong]) == {**wrong, "thinking_tokens": 20}
+    assert report.coverage([wrong, {**right, "correct": False}])["found"] == "2"
 
 
 # ---- Tables and figure ----------------------------------------------------------------------
 
 
 def test_table_row():
-    run, _ = a_run(16, 0.25, n=500)
-    assert report.table_row(run).split() == ["m", "16", "16.0", "25.0%", "[", "21.4,", "29.0]",
-                                             "█" * 12]
+    run, _ = a_run(16, 0.25, n=500, cut=1, unanswered=500)
+    row = report.table_row(run)
+    assert row.split() == ["m", "16", "16.0", "25.0%", "[", "21.4,", "29.0]", "0.2%", "100.0%",
+                           "█" * 6]
     assert report.header().split()[:3] == ["model", "thinking", "budget"]
+    for name, share in (("cut", "0.2%"), ("none", "100.0%")):
+        assert report.header().index(name) + len(name) == row.index(share) + len(share)
+    del run["cut"]                              # as before this was counted
+    assert report.table_row(run).split()[-3:] == ["-", "100.0%", "█" * 6]
     names = [report.setting_name(run | changes) for changes in (
         dict(method="direct"), dict(max_thinking=-1), dict(max_thinking=-1, num_waits=2),
         dict(method="class"), dict(method="class", max_thinking=-1), dict(method="tokens"),
@@ -150,7 +163,7 @@ def test_finish_writes_the_measures_of_all_but_the_base(tmp_path, capsys, monkey
     assert summary["graders"] == ["strict"] and list(summary["models"]) == ["a", "b"]
     assert summary["models"]["b"]["budget"]["performance"] == 100
     runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
-    assert runs == [run for run, _ in results]
+    assert runs == [run | {"base": run["model"] == "base"} for run, _ in results]
     printed = capsys.readouterr().out
     assert "1 Wait over 0: +10.0 points" in printed and "1 Wait over 0: +40.0 points" in printed
     table = printed.splitlines()[-6:-2]
@@ -158,11 +171,12 @@ def test_finish_writes_the_measures_of_all_but_the_base(tmp_path, capsys, monkey
     assert table[1].split() == ["16", "10.0%", "30.0%", "20.0%", "20.0"]
     # Without matplotlib nothing but the figure is missing.
     assert "no curve.png: `pip install matplotlib`" in printed
-    assert {path.name for path in tmp_path.iterdir()} == {"runs.jsonl", "summary.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"runs.jsonl", "summary.json",
+                                                          "report.html"}
 
 
 @pytest.mark.parametrize("changes", [
-    {"thinking_tokens": "x"}, {"accuracy": float("inf")}, {"model": None}])
+    {"thinking_tokens": "x"}, {"accuracy": float("inf")}, {"model": None}, {"n": 0}])
 def test_what_is_no_runs_file_is_refused(changes, tmp_path):
     with pytest.raises(ValueError, match=r"not a runs\.jsonl"):
         report.redraw([a_run(4, 1.0)[0] | changes], tmp_path)
@@ -173,17 +187,76 @@ def test_what_is_no_runs_file_is_refused(changes, tmp_path):
 def test_the_figure_shows_every_model_and_method(tmp_path):
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
-    shown = []
-    save = Figure.savefig
+    axes, save = [], Figure.savefig
 
     def savefig(figure, path, **options):
-        _, labels = figure.axes[0].get_legend_handles_labels()
-        shown.extend(labels)
+        axes.extend(figure.axes)
         save(figure, path, **options)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", savefig)
-        report.draw([a_run(0, 0.2, method="direct")[0], a_run(16, 0.4)[0], a_run(32, 0.6)[0],
-                     a_run(60, 0.9, num_waits=1)[0], a_run(9, 0.3, model="other")[0],
+        report.draw([a_run(0, 0.2, method="direct", base=True)[0],
+                     a_run(900, 0, model="base", base=True)[0], a_run(16, 0.4)[0],
+                     a_run(32, 0.6)[0], a_run(60, 0.9, num_waits=1)[0],
+                     a_run(70, 0.9, num_waits=2)[0], a_run(9, 0.3, model="other")[0],
                      a_run(9, 0.3, method="tokens")[0]], tmp_path / "curve.png")
-    assert sorted(shown) == ["m", "m, no thinking", "m, tokens", "m, with Waits", "other"]
+    assert sorted(axes[0].get_legend_handles_labels()[1]) == ["m", "m, tokens", "other"]
+    assert [text.get_text() for text in axes[0].texts] == ["m, no thinking", "1 Wait", "2 Waits"]
+    assert axes[0].get_xlim()[1] < 100          # the base's thinking is left out
     assert (tmp_path / "curve.png").stat().st_size > 5000
+
+
+# ---- The page -------------------------------------------------------------------------------
+
+
+def test_forced_spans():
+    def decode(tokens):
+        return b"".join(tokens).decode(errors="replace")
+    smile = "\N{SLIGHTLY SMILING FACE}".encode()
+    tokens = [b"a", b"Wait", b"\n", b"b", smile[:2], smile[2:], b"answer", b"x\xff", b"end"]
+    forced = [False, True, True, False, False, True, True, False, True]
+    text = decode(tokens)
+    spans = forced_spans(tokens, forced, decode)
+    assert [text[start:end] for start, end in spans] == [
+        "Wait\n", smile.decode() + "answer", "end"]
+    assert forced_spans([], [], decode) == []
+    assert forced_spans(tokens[:5], forced[:4] + [True], decode) == [[1, 6], [7, 8]]
+
+
+class Scripts(HTMLParser):
+    """The elements of a page, and the text of its scripts, as a browser reads them."""
+
+    def __init__(self, page):
+        super().__init__()
+        self.tags, self.attributes, self.scripts = [], [], []
+        self.feed(page)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append(tag)
+        self.attributes += attributes
+        self.scripts += [""] * (tag == "script")
+
+    def handle_data(self, text):
+        if self.tags and self.tags[-1] == "script":
+            self.scripts[-1] += text
+
+
+EVIL = """</script><script>alert(1)</script><!-- <script> ]]> {{page}} \u2028 \ud800 <img src=x>"""
+
+
+def test_the_page_holds_all_answers_and_text_stays_text(tmp_path):
+    rows = [a_row(question=EVIL, answer={EVIL: EVIL}, text=EVIL, found=EVIL, forced_spans=[[0, 3]])]
+    run = measure(rows, EVIL, Setting("budget", num_waits=2), 0)
+    report.write_page([(run, rows), (run, rows)], tmp_path / "report.html")
+    template = Scripts(Path(report.__file__).with_suffix(".html").read_text(encoding="utf-8"))
+    page = Scripts((tmp_path / "report.html").read_text(encoding="utf-8"))
+    assert page.tags == template.tags and page.scripts[1] == template.scripts[1]
+    data = json.loads(page.scripts[0])
+    assert data == {"runs": [run | {"setting": "unlimited + 2 Wait"}] * 2, "rows": [rows] * 2}
+
+
+def test_the_page_loads_nothing_and_parses_no_text_as_html():
+    text = Path(report.__file__).with_suffix(".html").read_text(encoding="utf-8")
+    names = {name for name, _ in Scripts(text).attributes}
+    assert not names & {"src", "href", "srcset"}
+    assert not re.search(r"url\(|@import|fetch\(|import\(|XMLHttp|WebSocket", text)
+    assert not re.search(r"innerHTML|outerHTML|insertAdjacentHTML|\.write\(|eval|srcdoc", text)
