@@ -25,7 +25,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 import data
-from model import Transformer, full_tensor, read_config
+from model import Transformer, read_config
 from recipe import checkpoint, cost, countdown, rows
 
 
@@ -101,7 +101,8 @@ def train(args):
         start, batch = time.perf_counter(), batches[step]
         loss, num_rows = accumulate_gradients(
             model, batch, args.tokens_per_batch, device, autocast, rank, world_size)
-        norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip))
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        norm = norm.full_tensor() if world_size > 1 else norm
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, num_steps, args.lr, args.warmup)
         if not torch.isfinite(loss + norm):
