@@ -363,8 +363,8 @@ def test_a_rank_without_a_directory_writes_nothing(tmp_path, monkeypatch):
 
 
 def test_three_ranks_load_and_save_their_shards(tmp_path):
-    """Three ranks cannot share the rows evenly, and the last one has none of the 4 of k_proj. Rank 0
-    holds one file at a time, the others one tensor."""
+    """Three ranks cannot share the rows evenly, and the last one has none of the 4 of k_proj.
+    Rank 0 holds one file at a time, the others one tensor."""
     tiny_model(num_key_value_heads=1, head_dim=4).save(tmp_path / "source")
     (tmp_path / "program.py").write_text("""
 import sys, torch, weakref
