@@ -10,7 +10,7 @@ from pathlib import Path
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from huggingface_hub import save_torch_state_dict
+from huggingface_hub import split_torch_state_dict_into_shards
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
@@ -81,16 +81,14 @@ def rotary_embedding(positions: Tensor, config: Config) -> tuple[Tensor, Tensor]
         turns = frequencies * llama3["original_max_position_embeddings"] / (2 * torch.pi)
         kept = ((turns - low) / (high - low)).clamp(0, 1)
         frequencies = frequencies * (kept + (1 - kept) / llama3["factor"])
-    angles = positions[:, None, :, None].float() * frequencies               # (B, 1, T, D/2)
-    angles = torch.cat((angles, angles), dim=-1)                             # (B, 1, T, D)
+    angles = positions[:, None, :, None].float() * frequencies.repeat(2)     # (B, 1, T, D)
     return angles.cos(), angles.sin()
 
 
 def apply_rotary(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (B, heads, T, D) with each pair (x[i], x[i + D/2]) rotated by its angle."""
-    half = x.shape[-1] // 2
-    rotated = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    return (x * cos + rotated * sin).to(x.dtype)
+    first, second = x.chunk(2, dim=-1)
+    return (x * cos + torch.cat((-second, first), dim=-1) * sin).to(x.dtype)
 
 
 def packed_attention(q: Tensor, k: Tensor, v: Tensor, lengths: list[int]) -> Tensor:
@@ -362,24 +360,41 @@ class Transformer(nn.Module):
             raise ValueError(f"{directory}: {' '.join(str(error).split())}") from None
         if prepare:
             prepare(model)
-        model.to_empty(device=device)
-        for name, parameter in model.state_dict().items():
-            copy_to_shard_(parameter, stored[name])
+        for name, p in model.to_empty(device=device).state_dict().items():
+            source = stored[name]
+            if isinstance(p, DTensor):              # only read the rows of this rank
+                mesh, p = p.device_mesh, p.to_local()
+                rows_per_rank = -(-len(source) // mesh.size())      # rounded up, as in torch.chunk
+                source = source[mesh.get_local_rank() * rows_per_rank:][:len(p)]
+            p.copy_(source)
         return model
 
     def save(self, directory, dtype=None, shard_bytes=5e9):
         """Write config.json and safetensors files of at most `shard_bytes`. All ranks of a sharded
-        model call this; those with `directory` None write nothing."""
-        dtype = dtype or self.output_weight.dtype
+        model call this and gather one file at a time; those with `directory` None write nothing."""
+        dtype, state = dtype or self.output_weight.dtype, self.state_dict()
+        sizes = {key: torch.empty(p.shape, dtype=dtype, device="meta") for key, p in state.items()}
+        files = split_torch_state_dict_into_shards(sizes, max_shard_size=int(shard_bytes))
+        if directory is not None:
+            directory = Path(directory)
+            directory.mkdir(parents=True, exist_ok=True)
+            whole, index = (directory / f"model.safetensors{end}" for end in ("", ".index.json"))
+            for old in (whole, index, *directory.glob("model-*-of-*.safetensors")):
+                old.unlink(missing_ok=True)
+            if files.is_sharded:
+                value = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
+                index.write_text(json.dumps(value, indent=2) + "\n")
+            name = str(dtype).removeprefix("torch.")
+            value = {**self.config.to_dict(), "dtype": name, "torch_dtype": name}   # new, old key
+            (directory / "config.json").write_text(json.dumps(value, indent=2) + "\n")
         device = "meta" if directory is None else "cpu"         # only keep what is written
-        tensors = {name: full_tensor(p).to(device, dtype) for name, p in self.state_dict().items()}
-        if directory is None:
-            return
-        Path(directory).mkdir(parents=True, exist_ok=True)
-        save_torch_state_dict(tensors, directory, max_shard_size=int(shard_bytes))
-        name = str(dtype).removeprefix("torch.")
-        config = {**self.config.to_dict(), "dtype": name, "torch_dtype": name}  # new and old key
-        (Path(directory) / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+        for file, names in files.filename_to_tensors.items():
+            tensors = {}                                        # of one file
+            for name in names:
+                p = state[name].to(dtype)
+                tensors[name] = (p.full_tensor() if isinstance(p, DTensor) else p).to(device)
+            if directory is not None:
+                safetensors.torch.save_file(tensors, directory / file, metadata={"format": "pt"})
 
 
 def read_config(directory) -> Config:
@@ -423,18 +438,3 @@ def read_tensors(directory: Path) -> dict[str, Tensor]:
     if quantised:
         raise ValueError(f"{directory} has quantised weights: {', '.join(sorted(quantised))}")
     return {name: t for name, t in tensors.items() if not name.endswith("rotary_emb.inv_freq")}
-
-
-def full_tensor(tensor: Tensor) -> Tensor:
-    """The whole tensor. A sharded one is gathered, and cloned to drop the gather's padding."""
-    return tensor.detach().full_tensor().clone() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def copy_to_shard_(target: Tensor, source):
-    """Copy `source`, a tensor or a safetensors slice, to `target`, or this rank's rows of it."""
-    if isinstance(target, DTensor):
-        mesh, num_rows, target = target.device_mesh, target.shape[0], target.to_local()
-        rows_per_rank = -(-num_rows // mesh.size())             # rounded up, as in torch.chunk
-        start = min(mesh.get_local_rank() * rows_per_rank, num_rows)
-        source = source[start:start + len(target)]
-    target.copy_(source[:])

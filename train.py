@@ -17,6 +17,7 @@ import signal
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from tqdm import tqdm
 
 import data
-from model import Transformer, full_tensor, read_config
+from model import Transformer, read_config
 from recipe import checkpoint, cost, countdown, rows
 
 
@@ -44,7 +45,8 @@ def accumulate_gradients(model, batch: list, max_tokens: int, device: torch.devi
 
     The loss of an optimizer step is the mean over all its supervised tokens: every rank divides
     the summed loss of each of its rows by the count of the whole batch. A mean of the rows' means
-    would give the tokens of short rows more weight, and depend on how the batch is packed.
+    would give the tokens of short rows more weight, and depend on how the batch is packed. Under
+    `torch.no_grad()` only the loss is computed.
     """
     num_supervised = sum(len(ids) - prompt_length for ids, prompt_length in batch)
     packed = data.pack_sequences(batch, max_tokens, world_size)
@@ -56,7 +58,8 @@ def accumulate_gradients(model, batch: list, max_tokens: int, device: torch.devi
         with torch.autocast(device.type, torch.bfloat16, enabled=autocast):
             row_loss, _ = model(ids, positions, row["lengths"], row["labels"])      # a sum
         # fully_shard averages gradients over the ranks: times world_size makes it a sum.
-        (row_loss / num_supervised * world_size).backward()
+        if torch.is_grad_enabled():
+            (row_loss / num_supervised * world_size).backward()
         loss += row_loss.detach() / num_supervised
     if world_size > 1:
         dist.all_reduce(loss)
@@ -71,14 +74,21 @@ def train(args):
         if device.type == "cuda":               # before anything else touches CUDA
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        # Ranks wait for the one that is slowest to save: longer than the default allows.
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo",
+                                timeout=timedelta(hours=2))
     if rank > 0:
         sys.stdout = open(os.devnull, "w")      # only rank 0 prints
     out, steps = Path(args.out), Path(f"{args.out}.steps")
     check_output(args, out, steps)
 
     source = data.resolve_model(args.model)
-    chat, config, examples = load_examples(args, source)
+    chat, config = data.Chat(source, args.system, args.thinking), read_config(source)
+    examples = load_examples(args, chat, config)
+    held_out = load_examples(args, chat, config, held_out=True) if args.val else []
+    asked = [{tuple(ids[:n] if n > 1 else ids) for ids, n in part} for part in (examples, held_out)]
+    if shared := asked[0] & asked[1]:
+        raise ValueError(f"{len(shared)} of the held-out questions are trained on too")
     batches = [batch for epoch in range(args.epochs)
                for batch in data.epoch_batches(examples, args.batch_size, args.seed, epoch)]
     num_steps = min(len(batches), args.max_steps or len(batches))
@@ -95,13 +105,14 @@ def train(args):
     if args.resume:
         first_step, metrics = checkpoint.load_latest(steps, run, model, optimizer, rank)
 
-    interrupted = install_signal_handler()
+    received = install_signal_handler()
     for step in tqdm(range(first_step, num_steps), initial=first_step, total=num_steps, unit="step",
                      dynamic_ncols=True, disable=None if rank == 0 else True):
         start, batch = time.perf_counter(), batches[step]
         loss, num_rows = accumulate_gradients(
             model, batch, args.tokens_per_batch, device, autocast, rank, world_size)
-        norm = full_tensor(torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip))
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
+        norm = norm.full_tensor() if world_size > 1 else norm
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, num_steps, args.lr, args.warmup)
         if not torch.isfinite(loss + norm):
@@ -120,17 +131,25 @@ def train(args):
             "step": step, "loss": loss, "lr": group["lr"], "grad_norm": norm, "seconds": seconds,
             "tokens": data.count_tokens(batch), "capacity": num_rows * args.tokens_per_batch,
             "flops": flops, "mfu": flops / seconds / peak if peak else None,
-            "memory_bytes": peak_memory(device)})
-        tqdm.write(format_step(metrics[-1], num_steps))
+            "memory_bytes": cost.peak_memory(device)})
+        done = step + 1
+        if held_out and (done % (len(batches) // args.epochs) == 0 or done == num_steps):
+            with torch.no_grad():
+                val_loss, _ = accumulate_gradients(
+                    model, held_out, args.tokens_per_batch, device, autocast, rank, world_size)
+            if world_size > 1:
+                model.reshard()                 # the backward pass does it otherwise
+            metrics[-1]["val_loss"] = val_loss.item()
+        tqdm.write(cost.format_step(metrics[-1], num_steps))
         sys.stdout.flush()
-        done, stop = step + 1, torch.tensor(float(len(interrupted)), device=device)
+        stop = torch.tensor(max(received, default=0), device=device)
         if world_size > 1:
-            dist.all_reduce(stop)               # Ctrl-C may reach only one machine
-        if stop or args.save_every and done % args.save_every == 0 and done < num_steps:
+            dist.all_reduce(stop, dist.ReduceOp.MAX)    # a signal may reach only one machine
+        if done < num_steps and (stop or args.save_every and done % args.save_every == 0):
             checkpoint.save(steps, done, run, metrics, model, optimizer, rank)
-        if stop:
-            print(f"stopped after step {done}: --resume continues from {steps}")
-            raise KeyboardInterrupt
+            if stop:
+                print(f"stopped after step {done}: --resume continues from {steps}")
+                sys.exit(128 + int(stop))
 
     draft = out.with_name(out.name + ".draft")
     if rank == 0:
@@ -143,33 +162,34 @@ def train(args):
     if rank == 0:
         checkpoint.commit(draft, out)
         shutil.rmtree(steps, ignore_errors=True)
-    print_summary(args, metrics, world_size)
+    cost.print_summary(args, metrics, world_size)
 
 
-def load_examples(args, source: str) -> tuple:
-    """The chat format, the config, and the examples that fit into a row and the model's context.
+def load_examples(args, chat, config, held_out=False) -> list:
+    """The examples of --data, or of --val, that fit into a row and the model's context.
 
     Longer ones are dropped, not truncated: a trace without its end teaches the model to think
     without end (s1, section 4.1).
     """
-    chat, config = data.Chat(source, args.system, args.thinking), read_config(source)
-    table = None if args.data == "countdown" else rows.read_rows(args.data, args.split)
+    source, n, split = (args.val, args.val_n, "tune") if held_out else (args.data, args.n, "train")
+    table = None if source == "countdown" else rows.read_rows(source, args.split)
     if table and "ids" in table[0][1] and not args.ask:             # pre-training
-        examples = rows.token_examples(table[:args.n], chat.tokenizer.get_vocab_size())
+        examples = rows.token_examples(table[:n], chat.tokenizer.get_vocab_size())
     else:
-        traces = (rows.load_traces(args.data, None, args.teacher, args.columns, table) if table else
-                  countdown.traces(args.n or 1000, args.seed, args.give_up, len(args.ask)))
+        default = 100 if held_out else 1000
+        traces = (rows.load_traces(source, None, args.teacher, args.columns, table) if table else
+                  countdown.traces(n or default, args.seed, args.give_up, len(args.ask), split))
         if args.ask:
             traces = list(countdown.add_length_prompts(
                 traces, lambda text: len(chat.encode(text)), args.ask))
-        examples = [chat.example(*trace) for trace in traces[:args.n]]
+        examples = [chat.example(*trace) for trace in traces[:n]]
     longest = min(args.tokens_per_batch, config.max_position_embeddings)
     kept = [example for example in examples if len(example[0]) <= longest]
     if not kept:
         raise ValueError(f"all {len(examples)} examples are longer than {longest} tokens")
-    print(f"{len(kept):,} examples, {data.count_tokens(kept):,} tokens per epoch, "
-          f"{len(examples) - len(kept)} dropped as longer than {longest:,}", flush=True)
-    return chat, config, kept
+    print(f"{len(kept):,} {'held-out ' * held_out}examples, {data.count_tokens(kept):,} tokens per "
+          f"epoch, {len(examples) - len(kept)} dropped as longer than {longest:,}", flush=True)
+    return kept
 
 
 def load_model(args, source: str, device: torch.device, world_size: int, autocast: bool):
@@ -198,13 +218,19 @@ def load_model(args, source: str, device: torch.device, world_size: int, autocas
 
 
 def install_signal_handler() -> list:
-    """A list that Ctrl-C adds to. A second Ctrl-C raises KeyboardInterrupt at once."""
-    received = []
+    """A list that Ctrl-C and SIGTERM add to. A second signal stops the process at once.
+
+    Slurm and torchrun may both pass on the first one: what follows it within a second is the same.
+    """
+    received, times = [], []
 
     def handle(signum, frame):
         received.append(signum)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    signal.signal(signal.SIGINT, handle)
+        times.append(time.monotonic())
+        if times[-1] > times[0] + 1:
+            sys.exit(128 + signum)
+    for signum in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(signum, handle)
     return received
 
 
@@ -218,8 +244,8 @@ def check_output(args, out: Path, steps: Path) -> None:
 
 def identity(args, examples: list, world_size: int) -> dict:
     """What the weights depend on. A run may only be resumed with the same values."""
-    other = {"out", "overwrite", "save_every", "resume", "save_dtype", "debug", "cost", "devices",
-             "device_tflops", "device_memory_gb", "mfu", "usd_per_hour"}
+    other = {"out", "overwrite", "save_every", "resume", "save_dtype", "debug", "val", "val_n",
+             "cost", "devices", "device_tflops", "device_memory_gb", "mfu", "usd_per_hour"}
     arguments = {key: value for key, value in vars(args).items() if key not in other}
     digest = hashlib.sha256(json.dumps(examples).encode()).hexdigest()[:16]
     return {**arguments, "data": digest, "processes": world_size}
@@ -237,42 +263,11 @@ def run_metadata(args, run: dict) -> dict:
             "data": run["data"], "arguments": vars(args)}
 
 
-def peak_memory(device: torch.device) -> int:
-    """The most bytes that this process has held: on the GPU, or in RAM (0 if unknown)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    if os.name != "posix":                      # Windows has no `resource`
-        return 0
-    import resource
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def format_step(row: dict, num_steps: int) -> str:
-    mfu = "" if row["mfu"] is None else f"  MFU {100 * row['mfu']:.1f}%"
-    minutes = (num_steps - row["step"] - 1) * row["seconds"] / 60
-    return (f"step {row['step'] + 1}/{num_steps}  loss {row['loss']:.4f}  lr {row['lr']:.2e}  "
-            f"norm {row['grad_norm']:.3f}  {row['tokens'] / row['seconds']:,.0f} tokens/s{mfu}  "
-            f"{row['memory_bytes'] / 1e9:.2f} GB  {minutes:.1f} min left")
-
-
-def print_summary(args, metrics: list, world_size: int) -> None:
-    """Prints the totals of the run. Its final loss is the mean over the last 5% of the steps."""
-    tokens, capacity, flops, seconds = (
-        sum(row[key] for row in metrics) for key in ("tokens", "capacity", "flops", "seconds"))
-    last = [row["loss"] for row in metrics[-max(1, len(metrics) // 20):]]
-    hours = world_size * seconds / 3600
-    price = f", {hours * args.usd_per_hour:.2f} dollars" if args.usd_per_hour else ""
-    print(f"rows {100 * tokens / capacity:.1f}% full; {flops:.3g} FLOPs, "
-          f"{hours:.3f} device-hours{price}")
-    print(f"{len(metrics)} steps, {tokens:,} tokens in {seconds:.0f} s "
-          f"({tokens / seconds:,.0f} a second), loss {metrics[0]['loss']:.3f} -> "
-          f"{sum(last) / len(last):.3f}, written to {args.out}")
-
-
 def print_cost(args) -> None:
     """Prints the memory, time and price of the run on the devices that the flags describe."""
-    _, config, examples = load_examples(args, data.resolve_model(args.model, weights=False))
+    source = data.resolve_model(args.model, weights=False)
+    config = read_config(source)
+    examples = load_examples(args, data.Chat(source, args.system, args.thinking), config)
     with torch.device("meta"):
         model = Transformer(config)
     sizes = [sum(p.numel() for p in part.parameters()) for part in (model, model.model.layers[0])]
@@ -294,6 +289,8 @@ def main():
     add("--data", default="countdown", help="countdown, or traces: a file, folder or hub dataset")
     rows.add_trace_arguments(add)
     add("--n", type=positive, help="number of examples (default: 1000 of countdown, else all)")
+    add("--val", help="held-out traces like --data; their loss is printed after each epoch")
+    add("--val-n", type=positive, help="number of them (default: 100 of countdown, else all)")
     add("--give-up", type=share, default=countdown.GIVE_UP, help="how often its teacher gives up")
     add("--ask", nargs="+", choices=list(countdown.LENGTH_PROMPTS), default=[],
         help="kinds of length limits to write into the questions")
@@ -322,6 +319,8 @@ def main():
     add("--mfu", type=at_least(0.001, float, 1), default=0.4, help="for --cost: share of the peak")
     add("--usd-per-hour", type=at_least(0, float), help="price of a device")
     args = parser.parse_args()
+    if args.val_n and not args.val:
+        parser.error("--val-n needs --val")
     with data.exit_on_user_error(args.debug):
         print_cost(args) if args.cost else train(args)
 

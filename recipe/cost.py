@@ -4,6 +4,10 @@
 
 In the comments: C hidden size, H query heads, K key-value heads, D head width, L layers, T tokens.
 """
+import os
+import sys
+
+import torch
 
 
 def flops(config, lengths: list[int], num_supervised: int) -> int:
@@ -93,3 +97,39 @@ def print_time(args, config, steps: int, lengths: list[int], num_supervised: int
     price = f", {hours * args.usd_per_hour:,.2f} dollars" if args.usd_per_hour else ""
     print(f"{seconds / 60:,.1f} minutes at {100 * args.mfu:g}% of the peak, "
           f"{hours:,.2f} device-hours{price}")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Returns the most bytes that this process has held: on the GPU, or in RAM (0 if unknown)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if os.name != "posix":                      # Windows has no `resource`
+        return 0
+    import resource
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def format_step(row: dict, num_steps: int) -> str:
+    """Returns the line that train.py prints after a step."""
+    mfu = "" if row["mfu"] is None else f"  MFU {100 * row['mfu']:.1f}%"
+    val = f"  val loss {row['val_loss']:.4f}" if "val_loss" in row else ""
+    minutes = (num_steps - row["step"] - 1) * row["seconds"] / 60
+    return (f"step {row['step'] + 1}/{num_steps}  loss {row['loss']:.4f}{val}  "
+            f"lr {row['lr']:.2e}  norm {row['grad_norm']:.3f}  "
+            f"{row['tokens'] / row['seconds']:,.0f} tokens/s{mfu}  "
+            f"{row['memory_bytes'] / 1e9:.2f} GB  {minutes:.1f} min left")
+
+
+def print_summary(args, metrics: list, world_size: int) -> None:
+    """Prints the totals of the run. Its final loss is the mean over the last 5% of the steps."""
+    tokens, capacity, flops, seconds = (
+        sum(row[key] for row in metrics) for key in ("tokens", "capacity", "flops", "seconds"))
+    last = [row["loss"] for row in metrics[-max(1, len(metrics) // 20):]]
+    hours = world_size * seconds / 3600
+    price = f", {hours * args.usd_per_hour:.2f} dollars" if args.usd_per_hour else ""
+    print(f"rows {100 * tokens / capacity:.1f}% full; {flops:.3g} FLOPs, "
+          f"{hours:.3f} device-hours{price}")
+    print(f"{len(metrics)} steps, {tokens:,} tokens in {seconds:.0f} s "
+          f"({tokens / seconds:,.0f} a second), loss {metrics[0]['loss']:.3f} -> "
+          f"{sum(last) / len(last):.3f}, written to {args.out}")

@@ -87,10 +87,11 @@ def generate_trace(numbers, target: int, rng: random.Random, give_up=GIVE_UP, pa
     return "\n".join(lines), answer
 
 
-def traces(n: int, seed: int, give_up: float = GIVE_UP, hurried: int = 0) -> list[tuple]:
-    """Returns n traces (question, thinking, answer) of train questions, `hurried` more of each."""
+def traces(n: int, seed: int, give_up: float = GIVE_UP, hurried: int = 0,
+           split: str = "train") -> list[tuple]:
+    """Returns n traces (question, thinking, answer) of a split, `hurried` more of each question."""
     found = []
-    for row in questions("train", -(-n // (1 + hurried)), seed):
+    for row in questions(split, -(-n // (1 + hurried)), seed):
         for copy in range(1 + hurried):
             rng = random.Random(f"teacher {seed} {row['question']}" + (f" {copy}" if copy else ""))
             # A hurried teacher gives up at random: its length does not follow from the question.

@@ -328,6 +328,18 @@ def test_shards_and_their_index_are_the_same_model(family, tmp_path):
     assert torch.equal(Transformer.load(tmp_path)(ids), model(ids))
 
 
+def test_the_files_of_an_earlier_model_are_removed(tmp_path):
+    """Whichever layout comes second: a reader must not find the first one's weights."""
+    (tmp_path / "model-old.safetensors").write_bytes(b"not ours")
+    for seed, shard_bytes in enumerate((5e9, 20_000, 30_000, 5e9)):
+        model = tiny_model(seed)
+        model.save(tmp_path, shard_bytes=shard_bytes)
+        loaded = Transformer.load(tmp_path).state_dict()
+        assert all(torch.equal(p, loaded[name]) for name, p in model.state_dict().items())
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "config.json", "model-old.safetensors", "model.safetensors"]
+
+
 def test_the_directory_may_be_a_string_and_is_made(tmp_path):
     model = tiny_model()
     model.save(f"{tmp_path}/new/model")
@@ -351,18 +363,31 @@ def test_a_rank_without_a_directory_writes_nothing(tmp_path, monkeypatch):
 
 
 def test_three_ranks_load_and_save_their_shards(tmp_path):
-    """Three ranks cannot share the rows evenly, and the last one has none of the 4 of k_proj."""
+    """Three ranks cannot share the rows evenly, and the last one has none of the 4 of k_proj.
+    Rank 0 holds one file at a time, the others one tensor."""
     tiny_model(num_key_value_heads=1, head_dim=4).save(tmp_path / "source")
     (tmp_path / "program.py").write_text("""
-import sys, torch
+import sys, torch, weakref
 from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
 from model import Transformer
 torch.distributed.init_process_group("gloo")
 mesh = torch.distributed.init_device_mesh("cpu", (3,))
 model = Transformer.load("source", prepare=lambda model: fully_shard(model, mesh=mesh))
 rows = sum(p.to_local().shape[0] for p in model.parameters())
 assert rows < 0.5 * sum(p.shape[0] for p in model.parameters()), rows
-model.save("saved" if torch.distributed.get_rank() == 0 else None)
+rank, gather, gathered, most = torch.distributed.get_rank(), DTensor.full_tensor, [], []
+def watched(tensor):
+    whole = gather(tensor)
+    gathered.append(weakref.ref(whole))
+    most.append(sum(t.nbytes for ref in gathered if (t := ref()) is not None))
+    return whole
+DTensor.full_tensor = watched
+model.save("saved" if rank == 0 else None)
+assert max(most) > 50_000 if rank == 0 else max(most) < 9_000, most
+most.clear()
+model.save("parts" if rank == 0 else None, shard_bytes=10_000)
+assert max(most) <= 10_000 if rank == 0 else max(most) < 9_000, most
 torch.distributed.destroy_process_group()
 """)
     subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone",
@@ -372,6 +397,8 @@ torch.distributed.destroy_process_group()
                      for name in ("source", "saved"))
     assert source.keys() == saved.keys()
     assert all(torch.equal(source[name], saved[name]) for name in source)
+    parts = Transformer.load(tmp_path / "parts").state_dict()
+    assert all(torch.equal(source[name], parts[name]) for name in source)
 
 
 def test_keys_of_config_json_that_are_not_used_are_kept(tmp_path):

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import resource
 import shlex
 import shutil
@@ -24,7 +25,7 @@ from conftest import BASE, tiny_model
 
 import data
 import train
-from model import Block, FusedLinearCrossEntropy, Transformer, full_tensor
+from model import Block, FusedLinearCrossEntropy, Transformer
 from recipe import checkpoint, cost, countdown
 
 CPU = torch.device("cpu")
@@ -101,6 +102,22 @@ def losses(out):
     return [row["loss"] for row in read_metrics(out)]
 
 
+def val_losses(out):
+    return [row.get("val_loss") for row in read_metrics(out)]
+
+
+def held_out_loss(directory, n=5):
+    """The mean over the supervised tokens of Countdown's held-out traces, computed plainly."""
+    chat, model, total, count = data.Chat(directory), Transformer.load(directory), 0, 0
+    for trace in countdown.traces(n, 0, split="tune"):
+        ids, start = chat.example(*trace)
+        logits = model(torch.tensor([ids]))[0, start - 1:-1]
+        total += torch.nn.functional.cross_entropy(logits, torch.tensor(ids[start:]),
+                                                   reduction="sum").item()
+        count += len(ids) - start
+    return total / count
+
+
 def checkpoints(out):
     return sorted(path.name for path in Path(f"{out}.steps").glob("*"))
 
@@ -118,9 +135,10 @@ def trained(run, tiny, tmp_path):
 
 @pytest.fixture(autouse=True)
 def restore_signal_handler():
-    before = signal.getsignal(signal.SIGINT)
+    before = [(signum, signal.getsignal(signum)) for signum in (signal.SIGINT, signal.SIGTERM)]
     yield
-    signal.signal(signal.SIGINT, before)
+    for signum, handler in before:
+        signal.signal(signum, handler)
 
 
 # ---- The loss of a step ---------------------------------------------------------------------
@@ -157,7 +175,7 @@ def test_the_gradient_does_not_depend_on_rows_and_processes(tmp_path, monkeypatc
         args = SimpleNamespace(scratch=False, gradient_checkpointing=False, compile=False)
         rank, model = torch.distributed.get_rank(), train.load_model(args, tmp_path, CPU, 2, False)
         loss, _ = train.accumulate_gradients(model, batch, longest, CPU, False, rank, 2)
-        gathered = {name: full_tensor(p.grad).contiguous() for name, p in model.named_parameters()}
+        gathered = {name: p.grad.full_tensor() for name, p in model.named_parameters()}
         if rank == 0:
             safetensors.torch.save_file({**gathered, "loss": loss}, tmp_path / "two")
         torch.distributed.barrier()
@@ -296,6 +314,50 @@ def test_lengths_are_written_into_the_questions(trained, tiny):
     assert f"10 examples, {data.count_tokens(examples):,} tokens" in printed
 
 
+# ---- The held-out loss ----------------------------------------------------------------------
+
+
+def test_the_held_out_loss_is_printed_after_each_epoch_and_changes_no_bit(trained, tmp_path):
+    flags = ("--epochs", 2, "--max-steps", 5)               # 3 steps per epoch
+    expected, plain, _ = trained("plain", *flags)
+    found, same, printed = trained("a", *flags, "--val", "countdown", "--val-n", 5,
+                                   "--tokens-per-batch", 8192)
+    assert equal(found, expected) and same == plain
+    assert "5 held-out examples" in printed
+    lines = [line for line in printed.splitlines() if line.startswith("step ")]
+    values = val_losses(tmp_path / "a")
+    assert [value is not None for value in values] == [False, False, True, False, True]
+    for line, value in zip(lines, values, strict=True):
+        assert ("val loss" in line) == (value is not None)
+        assert value is None or f"  val loss {value:.4f}  " in line
+    assert values[-1] == pytest.approx(held_out_loss(tmp_path / "a"), abs=1e-4)
+
+
+def test_held_out_traces_are_neither_trained_on_nor_test_questions():
+    held_out, trained_on = (countdown.traces(466, 0, split="tune"), countdown.traces(3491, 0))
+    tested = {row["question"].split("make")[1] + str(sorted(row["answer"]["numbers"]))
+              for row in countdown.questions("test", 707, 0)}
+    asked = [{question.split("make")[1] + str(sorted(map(int, re.findall(r"\d+", question)[:3])))
+              for question, *_ in traces} for traces in (held_out, trained_on)]
+    assert len(asked[0]) == 466 and not asked[0] & (asked[1] | tested)
+
+
+def test_held_out_traces_of_a_file(run, trained, tiny, tmp_path):
+    rows = [dict(zip(("question", "thinking", "answer"), trace, strict=True))
+            for trace in countdown.traces(5, 0, split="tune") + countdown.traces(3, 0)]
+    for name, part in (("new", rows[:5]), ("known", rows)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+    trained("a", "--val", tmp_path / "new.jsonl")
+    assert val_losses(tmp_path / "a")[-1] == pytest.approx(held_out_loss(tmp_path / "a"), abs=1e-4)
+    trained("b", "--val", tmp_path / "known.jsonl", "--val-n", 5)
+    assert val_losses(tmp_path / "b") == val_losses(tmp_path / "a")
+    code, _, error = run("train", *command(tiny, tmp_path / "c", "--val", tmp_path / "known.jsonl"))
+    assert code == 2 and "3 of the held-out questions are trained on too" in error
+
+
+# ---- Safety, memory, speed --------------------------------------------------------------------
+
+
 def test_a_loss_that_is_not_finite_never_reaches_the_weights(run, tiny, tmp_path, monkeypatch):
     compute, seen = train.accumulate_gradients, []
 
@@ -430,11 +492,11 @@ def test_every_step_is_a_line_and_a_row_and_totals_are_printed(run, tiny, tmp_pa
 
 
 def test_memory_is_unknown_on_windows(monkeypatch):
-    assert train.peak_memory(CPU) > 10**7
+    assert cost.peak_memory(CPU) > 10**7
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "resource", None)
         patch.setattr(os, "name", "nt")
-        found = train.peak_memory(CPU)
+        found = cost.peak_memory(CPU)
     assert found == 0
 
 
@@ -489,14 +551,24 @@ def test_a_process_takes_its_gpu_before_anything_else(run, tiny, tmp_path, monke
     assert (code, error) == (2, "error: set cuda:1\n")
 
 
-def test_ctrl_c_to_one_of_three_processes_stops_all_and_resume_is_bitwise(
+def test_a_long_save_does_not_time_out(run, tiny, tmp_path, monkeypatch):
+    def stop(backend, timeout):
+        raise ValueError(f"{backend} waits {timeout.total_seconds() / 3600} hours")
+    for key, value in (("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(key, value)
+    monkeypatch.setattr(torch.distributed, "init_process_group", stop)
+    code, _, error = run("train", *command(tiny, tmp_path / "a"))
+    assert (code, error) == (2, "error: gloo waits 2.0 hours\n")
+
+
+def test_a_signal_to_one_of_three_processes_stops_all_and_resume_is_bitwise(
         run, tiny, tmp_path, monkeypatch):
     """The others may run on another machine, which no terminal reaches. 1,408 rows of a matrix do
     not divide by three. Each process writes only its shard."""
-    flags = ("--tokens-per-batch", 400, "--max-steps", 4)
+    flags = ("--tokens-per-batch", 400, "--max-steps", 4, "--val", "countdown", "--val-n", 5)
     arguments = command(tiny, tmp_path / "a", *flags)
     with monkeypatch.context() as patch:
-        interrupt(patch, step=1, rank="1")
+        interrupt(patch, step=2, rank="1", signum=signal.SIGTERM)       # the end of an epoch
         save_file = checkpoint.save_file
 
         def slow(*arguments):                       # rank 0 must wait for the others
@@ -507,11 +579,11 @@ def test_ctrl_c_to_one_of_three_processes_stops_all_and_resume_is_bitwise(
         def process():
             with pytest.raises(SystemExit) as stop:
                 call(*arguments)
-            assert stop.value.code == 130
+            assert stop.value.code == 143
         distributed(3, process)
-    assert checkpoints(tmp_path / "a") == ["00000002"] and not (tmp_path / "a").exists()
+    assert checkpoints(tmp_path / "a") == ["00000003"] and not (tmp_path / "a").exists()
 
-    directory = tmp_path / "a.steps" / "00000002"
+    directory = tmp_path / "a.steps" / "00000003"
     assert sorted(path.name for path in directory.iterdir()) == [
         *(f"rank-{rank:05}.safetensors" for rank in range(3)), "state.json"]
     sizes = [sum(tensor.numel() for tensor in safetensors.torch.load_file(path).values())
@@ -524,9 +596,10 @@ def test_ctrl_c_to_one_of_three_processes_stops_all_and_resume_is_bitwise(
     code, _, error = run("train", *arguments, "--resume")
     assert code == 2 and "processes was 3, is 1" in error
     distributed(3, lambda: call(*arguments, "--resume"))
-    distributed(3, lambda: call(*command(tiny, tmp_path / "whole", *flags)))
+    distributed(3, lambda: call(*command(tiny, tmp_path / "whole", *flags[:4])))     # without --val
     assert equal(weights(tmp_path / "a"), weights(tmp_path / "whole"))
     assert losses(tmp_path / "a") == losses(tmp_path / "whole") and len(losses(tmp_path / "a")) == 4
+    assert val_losses(tmp_path / "a")[3] == pytest.approx(held_out_loss(tmp_path / "a"), abs=1e-4)
     recorded = json.loads((tmp_path / "a" / "run.json").read_text())["command"]
     assert recorded.startswith("torchrun --nproc-per-node 3 -- train.py")
 
@@ -534,24 +607,25 @@ def test_ctrl_c_to_one_of_three_processes_stops_all_and_resume_is_bitwise(
 # ---- Stop and resume ------------------------------------------------------------------------
 
 
-def interrupt(monkeypatch, step, rank=None):
-    """Sends Ctrl-C once, while the line of this step is printed."""
-    format_step, sent = train.format_step, []
+def interrupt(monkeypatch, step, rank=None, signum=signal.SIGINT):
+    """Sends Ctrl-C once, or another signal, while the line of this step is printed."""
+    format_step, sent = cost.format_step, []
 
     def patched(row, num_steps):
         if row["step"] == step and not sent and rank in (None, os.environ.get("RANK")):
             sent.append(True)
-            os.kill(os.getpid(), signal.SIGINT)
+            os.kill(os.getpid(), signum)
         return format_step(row, num_steps)
-    monkeypatch.setattr(train, "format_step", patched)
+    monkeypatch.setattr(cost, "format_step", patched)
 
 
-@pytest.mark.parametrize("step", [0, 2, 3, 5])      # 3 steps per epoch: its middle, its end
-def test_ctrl_c_saves_and_resume_is_bitwise(run, tiny, tmp_path, monkeypatch, step):
+@pytest.mark.parametrize("step", [0, 2, 4])         # 3 steps per epoch: its middle, its end
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_and_resume_is_bitwise(run, tiny, tmp_path, monkeypatch, step, signum):
     assert run("train", *command(tiny, tmp_path / "whole"))[0] == 0
-    interrupt(monkeypatch, step)
+    interrupt(monkeypatch, step, signum=signum)
     code, printed, error = run("train", *command(tiny, tmp_path / "parts"))
-    assert code == 130 and f"stopped after step {step + 1}: --resume" in printed
+    assert code == 128 + signum and f"stopped after step {step + 1}: --resume" in printed
     assert "Traceback" not in error and not (tmp_path / "parts").exists()
     code, printed, _ = run("train", *command(tiny, tmp_path / "parts", "--resume"))
     assert code == 0 and f"step {step + 1}\n" in printed
@@ -560,14 +634,31 @@ def test_ctrl_c_saves_and_resume_is_bitwise(run, tiny, tmp_path, monkeypatch, st
     assert not (tmp_path / "parts.steps").exists()
 
 
-def test_a_second_ctrl_c_stops_at_once():
+def test_a_signal_in_the_last_step_lets_the_run_end(run, tiny, tmp_path, monkeypatch):
+    """Nothing is left to train: the model is written, not a checkpoint."""
+    assert run("train", *command(tiny, tmp_path / "whole"))[0] == 0
+    interrupt(monkeypatch, step=5)
+    code, printed, _ = run("train", *command(tiny, tmp_path / "a"))
+    assert code == 0 and "stopped" not in printed
+    assert equal(weights(tmp_path / "a"), weights(tmp_path / "whole"))
+    assert checkpoints(tmp_path / "a") == []
+
+
+@pytest.mark.parametrize("first", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+def test_a_second_signal_stops_at_once(monkeypatch, first, second):
+    """Slurm signals torchrun and its processes, and torchrun passes it on: that is one signal."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
     received = train.install_signal_handler()
-    assert not received
-    os.kill(os.getpid(), signal.SIGINT)
-    assert received
-    with pytest.raises(KeyboardInterrupt):
-        os.kill(os.getpid(), signal.SIGINT)
-        time.sleep(1)
+    os.kill(os.getpid(), first)
+    now[0] += 0.5
+    os.kill(os.getpid(), first)
+    assert received == [first, first]
+    now[0] += 1
+    with pytest.raises(SystemExit) as stop:
+        os.kill(os.getpid(), second)
+    assert stop.value.code == 128 + second
 
 
 def test_a_stopped_run_is_not_started_over_by_mistake(run, tiny, tmp_path, monkeypatch):
@@ -722,6 +813,7 @@ def test_the_old_result_stays_until_the_new_one_is_whole(run, tiny, tmp_path, mo
     ("--tokens-per-batch 9", "longer than 9"), ("--out {tmp}/full", "--overwrite"),
     ("--out {tmp}/full --overwrite", "a result of train.py"), ("--out {tmp}/file/x", "File exists"),
     ("--give-up 7", "argument --give-up"), ("--nonsense", "unrecognized arguments"),
+    ("--val-n 3", "--val-n needs --val"), ("--val {tmp}/none.jsonl", "No such file"),
     ("--epochs 0", "argument --epochs"), ("--epochs many", "argument --epochs"),
     ("--mfu 0 --cost", "argument --mfu"), ("--grad-clip 0", "argument --grad-clip"),
     ("--cost", "--device-tflops")])
