@@ -36,8 +36,9 @@ DELIMITERS = {"s1": ("<|im_start|>think\n", "<|im_start|>answer\n"),
 CHATML = ("{% for message in messages %}<|im_start|>{{ message.role }}\n"       # without a template
           "{{ message.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
-# Placeholders for the texts while a template is rendered: Unicode noncharacters.
-SYSTEM, QUESTION, ANSWER = "\ufdd0", "\ufdd1", "\ufdd2"
+# Placeholders for the texts while a template is rendered: Unicode noncharacters. Where a template
+# strips a text (Llama 3), it takes the space beside the placeholder away.
+SYSTEM, QUESTION, ANSWER, SPACE = "\ufdd0", "\ufdd1", "\ufdd2", "\x1f"
 
 
 class Chat:
@@ -94,8 +95,9 @@ class Chat:
         """The text up to the assistant's turn and the text after it, by the rules of transformers,
         except that no date is given: a prompt is the same every day."""
         sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        messages = [{"role": "system", "content": SYSTEM}] * (self.system is not None)
-        messages += [{"role": "user", "content": QUESTION}]
+        messages = [{"role": "system", "content": SPACE + SYSTEM + SPACE}]
+        messages = messages * (self.system is not None) + [
+            {"role": "user", "content": SPACE + QUESTION + SPACE}]
         reply = {"role": "assistant", "content": ANSWER}
         try:
             render = sandbox.from_string(template).render
@@ -104,7 +106,7 @@ class Chat:
         except Exception as error:              # a template can raise anything
             raise ValueError(f"{self.directory}: the chat template fails: {error}") from None
         _, _, tail = turn.rpartition(ANSWER)
-        if any(message["content"] not in head for message in messages):
+        if any(message["content"].strip() not in head for message in messages):
             raise ValueError(f"{self.directory}: the chat template drops a message")
         if not tail.startswith(tuple(self.control_ids)):
             raise ValueError(f"{self.directory}: the chat template ends an answer without a token")
@@ -112,10 +114,15 @@ class Chat:
 
     def encode_template(self, text: str, question: str = "") -> list[int]:
         """Token ids of template text: control tokens by their names, everything else as text."""
+        def fill(place):
+            value = question if place[2] == QUESTION else self.system or ""
+            value = value if place[1] else value.lstrip()
+            return value if place[3] else value.rstrip()
+
         controls = "|".join(map(re.escape, sorted(self.control_ids, key=len, reverse=True)))
         ids = []
         for part in re.split(f"({controls})", text):
-            filled = part.replace(QUESTION, question).replace(SYSTEM, self.system or "")
+            filled = re.sub(f"({SPACE}?)([{SYSTEM}{QUESTION}])({SPACE}?)", fill, part)
             ids += [self.control_ids[part]] if part in self.control_ids else self.encode(filled)
         return ids
 

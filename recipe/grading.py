@@ -17,16 +17,15 @@ TOO_LARGE = re.compile(r"\^\W*(?:\d{5}|\d+\W*[\^!])|\^.*!|\d{4}\W*!|!\W*!|[+-][^
                        r"(?:\)\^\W*\d+\W*){3}|binom.*(?:\d{3}|\^)|[({[|]{20}|\\(?:int|sum|prod|lim)")
 # One spelling for what is written in several ways, applied in this order.
 SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
-    (r"\\!\s*|\\(?:left|right|displaystyle)(?![a-z])", ""),
-    (r"(?<![\w)}])\*\*|\*\*(?![\w({-])", ""), (r"\*\*", "^"),          # bold; 2**3
-    (r"(?:[~\s\x00-\x1f\x7f]|(?<!\\)\\[,;: ])+", " "),
+    (r"\\!\s*|\\(?:left|right|displaystyle)(?![a-z])", ""), ("[−–]", "-"), (r"\\%", "%"),
+    (r"(?<![\w)}])\*\*|\*\*(?![\w({-])", ""), (r"\*\*", "^"), (r"\{,\}", ","),  # bold; 2**3
+    ("π", r"\\pi "), ("∞", r"\\infty "), (r"(?:[~\s\x00-\x1f\x7f]|(?<!\\)\\[,;: ])+", " "),
     (r"^ ?(?:\$\$?|\\[([])((?:[^$\\]|\\[^()[\]])*)(?:\$\$?|\\[)\]])\.? ?$", r"\1"),     # \(5\)
     (r"\\\$|^\$(?=[\d.])|^ ?(?:≈|\\approx)|\^ ?(?:\\circ|\{ ?\\circ ?\})|\\degree|°", ""),
-    ("[−–]", "-"), ("π", r"\\pi "), ("∞", r"\\infty "), (r"√ ?\(?(\d+)\)?", r"\\sqrt{\1}"),
-    (r"\\%", "%"), (r"\\[dt]frac", r"\\frac"), (r"(\d_)\{(\d+)\}", r"\1\2"), (r"\{,\}", ","),
+    (r"√ ?(?:(\d+(?:\.\d+)?)|\(([^()]*)\))", r"\\sqrt{\1\2}"), (r"\\[dt]frac", r"\\frac"),
     (r" (?![\w\\])|(?<![\w},]) |(?<=,) (?!\d{3}(?!\d))|(?<=\S)\. ?$", ""),  # 1, 200: two numbers
     (r"(?<![\d,.(\[])(?<!\\\{)(\d{1,3}),(\d{3})(?![\d,])", r"\1\2"),                    # 20,000/x
-    (r"(?<![\\a-z])(pi|sin|cos|tan|cot|log|ln)(?![a-z])", r"\\\1"),
+    (r"(?<![\\a-z])(pi|sin|cos|tan|cot|log|ln)(?![a-z])", r"\\\1"), (r"(\d_)\{(\d+)\}", r"\1\2"),
     (r"(?<=\d) ?i\b", " i"),                    # 4i: math-verify looks for i as a word
     (r"(?<=[\d}])( ?[cdlot]|[ghms])$", r"{\1}"))]   # 5t: math-verify takes such a t for a unit
 TEXT = re.compile(r"\\(?:text|textbf|textrm|mathrm|mathbf|mbox) ?\{([^{}]*)\}")
@@ -49,7 +48,8 @@ def extract_answer(text: str) -> str | None:
         if depth == 0:
             return text[box.end():][:brace.start()].strip()
     *before, tail = re.split(r"answer[\s*]*[:：]\**", text, flags=re.IGNORECASE)
-    line = re.match(r"\s*(\*\*.+?\*\*|\\\[.*?\\\]|\$\$.*?\$\$|[^\n]*)", tail, re.DOTALL)
+    line = re.match(r"\s*(?:[^\n*\d]* (?=\*\*\S(?:[^\n*]*\S)?\*\*[^\n*]*$))?"    # I see **5** cows
+                    r"(\*\*.+?\*\*|\\\[.*?\\\]|\$\$.*?\$\$|[^\n]*)", tail, re.DOTALL | re.MULTILINE)
     return line[1].strip("* \t\r") or None if before else None
 
 
@@ -66,12 +66,12 @@ def equal(answer: str, reference: str) -> bool:
     for pattern, new in SPELLINGS:
         answer, reference = pattern.sub(new, answer), pattern.sub(new, reference)
     verdict = strict_equal(*(TEXT.sub(r" \1", text).strip() for text in (answer, reference)))
-    if verdict is not None or TOO_LARGE.search(f"{answer} {reference}"):
+    if verdict is not None or any(map(TOO_LARGE.search, (answer, reference))):
         return bool(verdict)
     try:
         from math_verify import parse, verify
         seconds = MAX_SECONDS if threading.current_thread() is threading.main_thread() else None
-        found, wanted = (parse(text if re.search(r"\$|\\\(| is:? ?[-\d\\]", text) else f"${text}$",
+        found, wanted = (parse(text if re.search(r"\$|\\\)| is:? ?[-\d\\]", text) else f"${text}$",
                                parsing_timeout=seconds) for text in (answer, reference))
         return verify(wanted, found, timeout_seconds=seconds)
     except Exception:               # ImportError, or whatever sympy raises

@@ -40,6 +40,8 @@ LOOPBACK = ("localhost", "127.0.0.1", "::1")
 FATAL = (301, 302, 303, 307, 308, 401, 402, 404)    # every other question would get it as well
 FINISH = {"stop": "stop", "eos": "stop", "eos_token": "stop", "end_turn": "stop",
           "length": "length", "max_tokens": "length", "none": None}
+THINKING = ("reasoning", "reasoning_content", "reasoning_details")      # beside the content
+STREAM = {"stream": True, "stream_options": {"include_usage": True}}
 
 
 @dataclass
@@ -81,8 +83,8 @@ class Run:
     def record(self, job: dict, text: str, seconds: float) -> None:
         """Writes the row of a reply; ValueError if the reply is not an answer."""
         reply = None
-        with suppress(ValueError, RecursionError):
-            reply = json.loads(text)
+        with suppress(LookupError, TypeError, AttributeError, RecursionError):
+            reply = parse_reply(text)
         self.charge(reply)
         thinking, answer, finish = read_reply(reply)
         row = trace_row(job, thinking, answer, finish, model=reply.get("model"),
@@ -181,7 +183,7 @@ def make_client(run: Run) -> Any:
 def prepare(args: argparse.Namespace) -> Run:
     """Returns the run that the arguments and the environment describe."""
     url = args.base_url = check_url(args.base_url, args.allow_http)
-    body = {"max_tokens": args.max_tokens}
+    body = {"max_tokens": args.max_tokens} | (STREAM if args.stream else {})
     if not isinstance(args.body, dict) or {"model", "messages", "n", "stream"} & args.body.keys():
         raise ValueError("--body is not a JSON object, or has model, messages, n or stream")
     if "googleapis.com" in url:             # Gemini returns its thoughts only if asked to
@@ -196,7 +198,8 @@ def prepare(args: argparse.Namespace) -> Run:
     questions = load_questions(args.questions, args.split, need_answer=False, columns=args.columns)
     for question in questions[:args.n]:
         text = "\n\n".join(filter(None, (question["question"], args.suffix)))
-        request = {"model": args.model, **body, "messages": [{"role": "user", "content": text}]}
+        request = {name: value for name, value in body.items() if name not in STREAM} | {
+            "model": args.model, "messages": [{"role": "user", "content": text}]}
         for sample in range(args.samples):
             row_key = request_key(f"{url}/chat/completions", request, sample)
             run.jobs[row_key] = {**question, "sample": sample, "key": row_key, "text": text}
@@ -220,14 +223,37 @@ def check_url(base_url: str, allow_http: bool = False) -> str:
     return url
 
 
+def parse_reply(text: str) -> Any:
+    """Returns the reply that is JSON, or that server-sent events add up to. A stream that is torn
+    gives what came before, without a finish reason."""
+    with suppress(ValueError):
+        return json.loads(text)
+    deltas, model, usage, finish, error = [], None, None, None, None
+    with suppress(ValueError):                  # of [DONE], or where the stream is torn
+        for data in re.findall(r"(?:^|[\r\n])data:([^\r\n]*)", text):
+            event = json.loads(data)
+            for choice in event.get("choices") or ():
+                deltas.append(choice.get("delta") or {})
+                finish = choice.get("finish_reason") or finish
+            if finish:                          # what a server reports before is not all
+                usage = event.get("usage") or usage
+            model = model or event.get("model")
+            error = error or event.get("error")
+    message = {name: "".join(text_of(delta.get(name)) for delta in deltas)
+               for name in ("content", *THINKING)}
+    message["content"] = message["content"].replace("</think><think>", "")      # one of each part
+    finish = f"error {error}" if error else finish
+    return {"model": model, "usage": usage,
+            "choices": [{"message": message, "finish_reason": finish}]}
+
+
 def read_reply(reply: Any) -> tuple[str, str, str | None]:
     """Returns (thinking, answer, finish reason); ValueError if the reply is not an answer."""
     try:
         choice = reply["choices"][0]
         message, finish = choice["message"], str(choice.get("finish_reason"))
         answer = text_of(message.get("content"))
-        fields = ("reasoning", "reasoning_content", "reasoning_details")
-        thinking = next(filter(None, (text_of(message.get(name)) for name in fields)), "")
+        thinking = next(filter(None, (text_of(message.get(name)) for name in THINKING)), "")
     except (LookupError, TypeError, AttributeError, RecursionError):
         raise ValueError("the reply has no message that can be read") from None
     finish = FINISH.get(finish.lower(), finish)
@@ -262,6 +288,7 @@ def main() -> None:
     add("--suffix", default="", help="text to append to each question")
     add("--max-tokens", type=at_least(1), default=32768, help="of thinking and answer together")
     add("--body", type=json.loads, default={}, help="more fields of the request (JSON)")
+    add("--stream", action="store_true", help="for servers that only stream")
     add("--workers", type=at_least(1, maximum=1000), default=16, help="questions under way")
     add("--deadline", type=at_least(0.01, float), default=1800, help="seconds for all tries")
     add("--usd-in", type=at_least(0, float), default=0, help="dollars per million tokens read")

@@ -132,6 +132,23 @@ def test_a_system_prompt_can_be_chosen(family):
     assert controls == [i for i in plain.prompt("hi") if i in plain.control_ids.values()]
 
 
+@pytest.mark.parametrize("method, strip", [
+    ("", str), (" | trim", str.strip), (".strip()", str.strip), (".lstrip()", str.lstrip),
+    (".rstrip()", str.rstrip)])
+def test_a_template_may_strip_what_it_is_given(copied, method, strip):
+    """Llama 3's and Gemma's do; a text that looks like the placeholder stays."""
+    directory = copied("qwen2")
+    path = directory / "chat_template.jinja"
+    path.write_text(
+        "{% for m in messages %}<|im_start|>{{ m.role }} {{ m.content" + method + " }}<|im_end|>"
+        "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
+    for text in ("q", "\n q\r\n\t", " \ufdd1 \ufdd0 ", ""):
+        chat = Chat(directory, system=text)
+        assert chat.decode(chat.prompt(text, thinking=False)) == (
+            f"<|im_start|>system {strip(text)}<|im_end|><|im_start|>user {strip(text)}<|im_end|>"
+            "<|im_start|>assistant\n")
+
+
 def test_without_a_template_chatml_is_written(copied):
     directory = copied("qwen2")
     (directory / "chat_template.jinja").unlink()

@@ -102,6 +102,74 @@ def test_a_reply_cut_while_thinking_has_no_content():
     assert teacher.read_reply(reply_with(None, "length", reasoning="t")) == ("t", "", "length")
 
 
+# ---- Reading a stream (without the openai library) ------------------------------------------
+
+
+def delta(content=None, finish=None, **fields):
+    return {"model": "served", "choices": [
+        {"index": 0, "delta": {"content": content, **fields}, "finish_reason": finish}]}
+
+
+def events(*parts, end="\n\n", usage=USAGE):
+    """The text of a stream: a part is a chunk, or the line that it is; usage and [DONE] follow."""
+    last = [{"model": "served", "choices": [], "usage": usage}] if usage else []
+    lines = [part if isinstance(part, str) else "data: " + json.dumps(part, ensure_ascii=False)
+             for part in (*parts, *last, "data: [DONE]")]
+    return end.join(lines) + end
+
+
+STREAM = [delta("", role="assistant"), delta(reasoning_content="so "), delta(reasoning_content="5"),
+          delta("Answer:\u2028"), delta(" 5"), delta("", "stop")]
+
+
+@pytest.mark.parametrize("text", [
+    events(*STREAM), events(*STREAM, end="\r\n\r\n"), events(*STREAM, end="\r\r"),
+    events(*STREAM, end="\n"), events(*STREAM).replace("data: ", "data:"),
+    events(": keep-alive", STREAM[0], ":", "event: chunk\nid: 7", *STREAM[1:], "retry: 9"),
+    events({"choices": None, "prompt_filter_results": []}, *STREAM, {"choices": []}),
+    events(*STREAM, {"choices": [{"delta": None, "finish_reason": None}]}),
+    events({**STREAM[0], "usage": None, "error": None}, *STREAM[1:]),
+    events(*STREAM) + "data: {}\n\n", events(*STREAM) + "data: " + json.dumps(delta("more")),
+    events({**STREAM[0], "usage": {"prompt_tokens": 1, "total_tokens": 1}}, *STREAM[1:])])
+def test_a_stream_is_the_reply_that_its_events_add_up_to(text):
+    reply = teacher.parse_reply(text)
+    assert teacher.read_reply(reply) == ("so 5", "Answer:\u2028 5", "stop")
+    assert reply["usage"] == USAGE and reply["model"] == "served"
+
+
+@pytest.mark.parametrize("parts, thinking", [
+    ([{"content": "<think>t"}, {"content": "u</think>"}], "tu"),
+    ([{"reasoning": "t"}, {"reasoning": "u"}], "tu"),
+    ([{"reasoning": "t", "reasoning_content": "t"}, {"reasoning": "u"}], "tu"),
+    ([{"reasoning_details": [{"type": "reasoning.text", "text": text}]} for text in "tu"], "tu"),
+    ([{"content": [{"type": "thinking", "thinking": [{"type": "text", "text": text}]}]}
+      for text in "tu"], "tu")])
+def test_thinking_is_found_where_streams_put_it(parts, thinking):
+    chunks = [delta(**part) for part in parts]
+    reply = teacher.parse_reply(events(*chunks, delta("a"), delta("", "length")))
+    assert teacher.read_reply(reply) == (thinking, "a", "length")
+
+
+@pytest.mark.parametrize("text, answer", [
+    (events(*STREAM).partition('"stop"')[0], "Answer:\u2028 5"),
+    (events(*STREAM[:-2]), "Answer:\u2028"),
+    (events(*STREAM[:4], "data: {", *STREAM[4:]), "Answer:\u2028")])
+def test_a_stream_that_breaks_off_has_no_finish_reason_and_no_usage(text, answer):
+    reply = teacher.parse_reply(text)
+    assert teacher.read_reply(reply) == ("so 5", answer, None) and reply["usage"] is None
+
+
+@pytest.mark.parametrize("text, message", [
+    ("", "no answer"), ("data:", "no answer"), ("data: [DONE]\n\n", "no answer"),
+    (events(*STREAM[:3]), "no answer"), (events(": keep-alive"), "no answer"),
+    (events(*STREAM[:4], {"error": {"message": "busy"}}), "no answer.*busy"),
+    (events(*STREAM[:4], {"error": "busy"}, STREAM[-1]), "no answer.*busy"),
+    (events(*STREAM[:4], {**delta("", "error"), "error": {"code": 502}}), "no answer.*502")])
+def test_a_stream_without_an_answer(text, message):
+    with pytest.raises(ValueError, match=message):
+        teacher.read_reply(teacher.parse_reply(text))
+
+
 # ---- Requests (without the openai library) --------------------------------------------------
 
 
@@ -135,7 +203,7 @@ def arguments(directory, **changes):
     """The parsed arguments of a run that asks one question."""
     (directory / "q.jsonl").write_text('{"question": "q"}')
     return argparse.Namespace(**{**dict(
-        questions=directory / "q.jsonl", split=None, columns=None, model="m",
+        questions=directory / "q.jsonl", split=None, columns=None, model="m", stream=False,
         out=directory / "t.jsonl", n=None,
         base_url="https://example.com/v1", allow_http=False, body={}, max_tokens=9, suffix="",
         samples=1, workers=1, deadline=9.0, usd_in=0, usd_out=0, max_usd=math.inf), **changes})
@@ -373,6 +441,82 @@ def test_training_reads_the_file(serve, run, tiny, tmp_path):
     assert code == 0 and "3 examples" in printed, error
 
 
+# ---- Streams --------------------------------------------------------------------------------
+
+
+def stream_of(*parts, **options):
+    return 200, {"Content-Type": "text/event-stream"}, events(*parts, **options).encode()
+
+
+def test_a_streamed_row_is_the_row_of_the_whole_reply(serve, monkeypatch):
+    """It has the same key: a run goes on with --stream or without."""
+    real = teacher.request_key              # the servers have different ports
+    monkeypatch.setattr(teacher, "request_key", lambda url, *parts: real(*parts))
+    whole, = serve(lambda *_: reply_with("Answer: 5é", reasoning_content="so")).rows
+    done = serve(lambda *_: None, "--stream")
+    assert done.code == 0 and not done.requests and len(done.rows) == 1
+    done.out.unlink()
+    done = serve(lambda *_: stream_of(delta(reasoning_content="so"), delta("Answer: "), ": wait",
+                                      delta("5é", "stop")), "--stream")
+    row, = done.rows
+    assert row["teacher"].pop("seconds") > 0 and whole["teacher"].pop("seconds") > 0
+    assert row == whole and row["correct"] and "500 tokens" in done.printed
+    assert done.requests[0][3] == {
+        "model": "big", "max_tokens": 32768, "stream": True,
+        "stream_options": {"include_usage": True}, "messages": [{"role": "user", "content": "q0"}]}
+    assert not serve(lambda *_: None, "--stream", "--body", '{"stream_options": null}').requests
+
+
+def test_usage_can_be_left_out_of_the_request(serve):
+    done = serve(lambda *_: stream_of(*STREAM), "--stream", "--body", '{"stream_options": null}')
+    assert done.code == 0 and "stream_options" not in done.requests[0][3]
+
+
+@pytest.mark.parametrize("flags", [(), ("--stream",)])
+def test_a_server_that_ignores_what_is_asked(serve, flags):
+    replies = {"q0": reply_with(), "q1": stream_of(*STREAM)}
+    done = serve(lambda question, *_: replies[question], *flags, n=2)
+    assert done.code == 0 and [row["correct"] for row in done.rows] == [True, True]
+
+
+def test_streams_that_fail(serve):
+    cut = events(*STREAM).partition('"stop"')[0].encode()
+    closed = {"Content-Type": "text/event-stream", "Connection": "close"}
+    replies = {"q0": stream_of(*STREAM), "q1": (200, closed, cut), "q2": stream_of(*STREAM[:3]),
+               "q3": stream_of(*STREAM[:4], {"error": {"message": f"busy {SECRET}"}}),
+               "q4": stream_of(*STREAM[:5], delta("", "length")), "q5": stream_of("data: [1]"),
+               "q6": stream_of(delta("a"), {"choices": [7]}),
+               "q7": stream_of("data: " + "[" * 9999)}
+    done = serve(lambda question, *_: replies[question], "--stream", n=8)
+    assert done.code == 1 and {row["question"]: row.get("unfit") for row in done.rows} == {
+        "q0": None, "q1": "no finish reason", "q4": "length"}
+    failed = {row["question"]: row for row in done.failures}
+    assert sorted(failed) == ["q2", "q3", "q5", "q6", "q7"]
+    assert "busy [key]" in failed["q3"]["error"] and '"content": "Answer:' in failed["q3"]["raw"]
+
+
+def test_a_torn_stream_is_tried_again(serve):
+    def script(question, handler, number):
+        status, headers, text = stream_of(*STREAM)
+        torn = {"Content-Length": "9999", "Connection": "close"}
+        return (status, headers | torn, text[:-300]) if number < 3 else (status, headers, text)
+    done = serve(script, "--stream")
+    assert done.code == 0 and len(done.requests) == 3 and done.rows[0]["correct"]
+
+
+def test_a_stream_cannot_outlast_the_deadline(serve):
+    def script(question, handler, number):
+        if question == "q1":
+            return stream_of(*STREAM)
+        handler.connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\n\r\n")
+        for _ in range(50):
+            time.sleep(0.05)
+            handler.connection.sendall(events(delta("a")).encode())
+    done = serve(script, "--stream", "--deadline", 0.5, "--workers", 1, n=2)
+    assert done.code == 1 and [row["question"] for row in done.rows] == ["q1"]
+    assert "TimeoutError" in done.failures[0]["error"]
+
+
 # ---- Retries --------------------------------------------------------------------------------
 
 
@@ -531,6 +675,7 @@ def test_proxies_of_the_environment_do_not_see_loopback_requests(serve, monkeypa
 @pytest.mark.parametrize("flags, message", [
     ("--base-url http://example.com/v1", "unencrypted"), ("--questions none.jsonl", "none"),
     ("--body [1]", "--body"), ("--body {", "--body"), ('--body {"n":2}', "--body"),
+    ('--body {"stream":true}', "--body"),
     ("--workers 0", "--workers"), ("--max-usd 1", "--usd-in"), ("--deadline x", "--deadline"),
     ("--out q.jsonl", "q.jsonl"), ("--out none/none", "No such file")])
 def test_user_errors_get_one_line_and_exit_code_2(run, tmp_path, monkeypatch, flags, message):
@@ -557,6 +702,14 @@ def test_the_limit_counts_what_is_under_way(serve, usage):
     assert done.code == 1 and "stopped before $4.85 is passed" in done.printed
     assert len(done.requests) == len(done.rows) == 5 and not done.failures
     assert f"{2500 if usage is USAGE else 0:,} tokens" in done.printed
+
+
+@pytest.mark.parametrize("usage, rows", [(USAGE, 5), (None, 5), (
+    {"prompt_tokens": 1, "total_tokens": 2}, 20)])
+def test_streams_cost_what_they_report_or_the_worst_case(serve, usage, rows):
+    done = serve(lambda *_: stream_of(*STREAM, usage=usage), "--stream", *PRICES,
+                 "--max-usd", 4.85, "--workers", 1, n=20)
+    assert len(done.rows) == len(done.requests) == rows and done.code == int(rows < 20)
 
 
 def test_no_more_are_under_way_than_the_limit_pays_for(serve):
