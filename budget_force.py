@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import data
 import sample
-from recipe import countdown, grading, report, rows
+from recipe import cli, countdown, grading, report, rows
 from recipe.report import Setting
 
 # ---- Budget ---------------------------------------------------------------------------------
@@ -285,7 +285,7 @@ def compare(args) -> None:
     graders = report.graders(questions, grading.grader_name())
     width = max(16, *map(len, labels))
     print(f"{len(questions)} questions, seed {args.seed}, graded by {', '.join(graders)}. First:",
-          data.escape(questions[0]["question"]), json.dumps(questions[0]["answer"]), "",
+          cli.escape(questions[0]["question"]), json.dumps(questions[0]["answer"]), "",
           report.header(width), sep="\n", flush=True)
     results = []
     for name, label in zip(names, labels, strict=True):
@@ -310,7 +310,7 @@ def open_rows(args) -> tuple:
 
 
 def main() -> None:
-    parser, positive = data.ArgumentParser(__doc__.split("\n")[0]), data.at_least(1)
+    parser, positive = cli.ArgumentParser(__doc__.split("\n")[0]), cli.at_least(1)
     add = parser.add_argument
     add("question", nargs="?", help="watch this one, written before the flags: last "
         "of --budgets, first of --num-waits")
@@ -320,9 +320,9 @@ def main() -> None:
     add("--overwrite", action="store_true", help="delete the rows in --out first")
     add("--method", nargs="+", choices=METHODS, default=["budget"],
         help="tokens, steps and class ask for a length in the question")
-    add("--budgets", type=data.at_least(-1), nargs="+", default=[0, 16, 32, 64, 96, 128, -1],
+    add("--budgets", type=cli.at_least(-1), nargs="+", default=[0, 16, 32, 64, 96, 128, -1],
         help="thinking tokens at most; -1 is no limit")
-    add("--num-waits", type=data.at_least(0), nargs="+", default=[1, 2],
+    add("--num-waits", type=cli.at_least(0), nargs="+", default=[1, 2],
         help="Waits, in runs without a limit; 0 for no such run")
     add("--wait-text", action="append", help="what is appended (default: Wait); repeat it: in turn")
     add("--max-answer", type=positive, help="tokens of an answer (default: 32, a file 1024)")
@@ -340,7 +340,7 @@ def main() -> None:
     # Countdown needs little. The Sampler bounds max_seq_len by the model's context.
     args.max_answer = args.max_answer or (1024 if args.questions else 32)
     args.max_seq_len = args.max_seq_len or (2**20 if args.questions else 768)
-    with data.exit_on_user_error(args.debug):
+    with cli.exit_on_user_error(args.debug):
         if args.draw:
             runs = [run for path in args.draw for _, run in rows.read_rows(path)]
             report.redraw(runs, Path(args.draw[0]).parent)

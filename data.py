@@ -6,11 +6,8 @@
 python data.py show [FILE]    prints training examples as the model sees them
 python data.py stats FILE     prints how long the examples of a file are
 """
-import argparse
-import contextlib
 import json
 import math
-import os
 import random
 import re
 import shutil
@@ -21,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import jinja2.sandbox
-import safetensors
 import tokenizers
 import torch
+
+from recipe import cli
 
 Example = tuple[list[int], int]         # token ids, and how many at the start are not supervised
 
@@ -281,88 +279,25 @@ def epoch_batches(examples: list, batch_size: int, seed: int, epoch: int) -> Ite
 # ---- Command line ---------------------------------------------------------------------------
 
 
-def resolve_model(name: str, weights: bool = True) -> str:
-    """The directory of a model. A hub id, owner/name or owner/name@revision, is downloaded: only
-    safetensors and text, never pickles or code."""
-    owner = Path(name).parts[:1]
-    is_hub_id = re.fullmatch(r"\w[\w.-]*/\w[\w.-]*(@[\w./-]+)?", name)
-    if not is_hub_id or owner == ("out",) or Path(*owner).exists():
-        return name
-    import huggingface_hub
-    name, _, revision = name.partition("@")
-    patterns = ["*.safetensors"] * weights + ["*.json", "*.jinja", "*.txt"]
-    try:
-        return huggingface_hub.snapshot_download(name, revision=revision or None,
-                                                 allow_patterns=patterns)
-    except Exception as error:                  # its HTTP library raises a dozen kinds
-        raise ValueError(f"{name} is neither a directory nor on the hub: {error}") from None
-
-
-@contextlib.contextmanager
-def exit_on_user_error(debug: bool = False) -> Iterator[None]:
-    """Turn what a user can cause into one line on standard error and exit code 2."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        sys.exit(130)
-    except BrokenPipeError:                     # the reader of `python data.py show | head` is gone
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, ImportError, safetensors.SafetensorError) as error:
-        if debug:
-            raise
-        print("error:", " ".join(escape(str(error)).split()), file=sys.stderr)
-        sys.exit(2)
-
-
-class ArgumentParser(argparse.ArgumentParser):
-    """argparse with --debug, one line for a bad flag, and the defaults in --help."""
-
-    def __init__(self, description: str):
-        super().__init__(description=description)
-        self.add_argument("--debug", action="store_true", help="show the traceback of an error")
-
-    def add_argument(self, *names, **options):
-        if options.get("default") not in (None, "", [], argparse.SUPPRESS) and "help" in options:
-            options["help"] += " (default: %(default)s)"
-        return super().add_argument(*names, **options)
-
-    def error(self, message):
-        self.exit(2, f"error: {message} (--help lists the flags)\n")
-
-
-def at_least(minimum: float, kind: type = int, maximum: float = math.inf) -> Any:
-    """The `type` of a flag that takes a number from `minimum` to `maximum`."""
-    def number(text):
-        with contextlib.suppress(ValueError):
-            if minimum <= kind(text) <= maximum:
-                return kind(text)
-        raise argparse.ArgumentTypeError(f"{text} is no number from {minimum} to {maximum}")
-    return number
-
-
 def add_model_arguments(add, **options) -> None:
     add("--model", help="directory or hub id (owner/name, owner/name@revision)", **options)
     add("--system", help="system prompt; the chat template's own by default")
     add("--thinking", choices=DELIMITERS, help="delimiters; those of the model by default")
 
 
-def escape(text: str) -> str:
-    """The text with control characters spelled out, so that data cannot steer the terminal."""
-    return "".join(c if c == "\n" or c.isprintable() else ascii(c)[1:-1] for c in text)
-
-
 def main() -> None:
     from recipe import countdown, rows
-    parser = ArgumentParser(description=__doc__.split("\n")[0])
+
+    parser = cli.ArgumentParser(description=__doc__.split("\n")[0])
     add = parser.add_argument
     add("command", choices=("show", "stats"))
     add("data", nargs="?", default="countdown", help="countdown, or traces: a file or hub dataset")
     add_model_arguments(add, default="assets/countdown-base")
     rows.add_trace_arguments(add)
-    add("--n", type=at_least(1), default=1, help="how many examples to show")
+    add("--n", type=cli.at_least(1), default=1, help="how many examples to show")
     args = parser.parse_args()
-    with exit_on_user_error(args.debug):
-        chat = Chat(resolve_model(args.model, weights=False), args.system, args.thinking)
+    with cli.exit_on_user_error(args.debug):
+        chat = Chat(cli.resolve_model(args.model, weights=False), args.system, args.thinking)
         traces = (countdown.traces(1000, seed=0) if args.data == "countdown" else
                   rows.load_traces(args.data, args.split, args.teacher, args.columns))
         examples = [chat.example(*trace) for trace in traces]
@@ -374,7 +309,7 @@ def main() -> None:
         # What is supervised is green in a terminal, and in brackets elsewhere.
         before, after = ("\033[32m", "\033[0m") if sys.stdout.isatty() else ("[", "]")
         for ids, length in examples[:args.n]:
-            prompt, reply = (escape(chat.decode(part)) for part in (ids[:length], ids[length:]))
+            prompt, reply = (cli.escape(chat.decode(part)) for part in (ids[:length], ids[length:]))
             print(f"{prompt}{before}{reply}{after}")
 
 

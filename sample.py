@@ -19,6 +19,7 @@ import torch
 
 import data
 from model import KVCache, Transformer, read_config
+from recipe import cli
 
 
 @dataclass
@@ -205,7 +206,7 @@ def stream(sampler: Sampler, chat: data.Chat, prompt: list[int],
         nonlocal num_printed
         for forced, run in groupby(range(num_printed, end), key=seq.forced.__getitem__):
             ids = [seq.tokens[i] for i in run]
-            text = data.escape(chat.decode(ids))
+            text = cli.escape(chat.decode(ids))
             if text.endswith("\ufffd") and num_printed + len(ids) == end and not seq.finish_reason:
                 break                           # part of a character; the rest is to come
             print(f"{before}{text}{after}" if forced else text, end="", flush=True)
@@ -224,11 +225,11 @@ def stream(sampler: Sampler, chat: data.Chat, prompt: list[int],
 
 
 def add_sampling_arguments(add: Callable) -> None:
-    add("--temperature", type=data.at_least(0, float), default=0.0, help="0: the most likely token")
-    add("--top-k", type=data.at_least(0), default=0, help="the k most likely tokens; 0: all")
-    add("--top-p", type=data.at_least(1e-6, float, 1), default=1.0, help="nucleus sampling; 1: off")
-    add("--min-p", type=data.at_least(0, float, 1), default=0.0, help="relative to the most likely")
-    add("--repeats", type=data.at_least(0), default=0, help="of 20 tokens, to stop; 0: off")
+    add("--temperature", type=cli.at_least(0, float), default=0.0, help="0: the most likely token")
+    add("--top-k", type=cli.at_least(0), default=0, help="the k most likely tokens; 0: all")
+    add("--top-p", type=cli.at_least(1e-6, float, 1), default=1.0, help="nucleus sampling; 1: off")
+    add("--min-p", type=cli.at_least(0, float, 1), default=0.0, help="relative to the most likely")
+    add("--repeats", type=cli.at_least(0), default=0, help="of 20 tokens, to stop; 0: off")
     add("--seed", type=int, default=0, help="of the draws, and of the order of options")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
 
@@ -239,29 +240,29 @@ def sampling_params(args) -> dict:
 
 def load_chat(name: str, args) -> tuple[data.Chat, int]:
     """The chat of a directory or hub id, and how many tokens its model takes at most."""
-    directory = data.resolve_model(name)
+    directory = cli.resolve_model(name)
     chat = data.Chat(directory, args.system, args.thinking)
     return chat, read_config(directory).max_position_embeddings
 
 
 def load_model(name: str, args) -> tuple[Transformer, data.Chat]:
     """The model and chat of a directory or hub id, in bf16 on CUDA and float32 elsewhere."""
-    directory = data.resolve_model(name)
+    directory = cli.resolve_model(name)
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     model = Transformer.load(directory, dtype, args.device)
     return model, data.Chat(directory, args.system, args.thinking)
 
 
 def main() -> None:
-    parser = data.ArgumentParser(description="Answer a question.")
+    parser = cli.ArgumentParser(description="Answer a question.")
     add = parser.add_argument
     add("question", help="its answer is printed as it is generated")
-    add("--max-new-tokens", type=data.at_least(1), default=1024, help="tokens of an answer at most")
+    add("--max-new-tokens", type=cli.at_least(1), default=1024, help="tokens of an answer at most")
     add("--direct", action="store_true", help="answer without thinking")
     data.add_model_arguments(add, default="out/student")
     add_sampling_arguments(add)
     args = parser.parse_args()
-    with data.exit_on_user_error(args.debug):
+    with cli.exit_on_user_error(args.debug):
         model, chat = load_model(args.model, args)
         prompt = chat.prompt(args.question, thinking=not args.direct)
         sampler = Sampler(model, 1, len(prompt) + args.max_new_tokens)

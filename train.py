@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import data
 from model import Transformer, read_config
-from recipe import checkpoint, cost, countdown, rows
+from recipe import checkpoint, cli, cost, countdown, rows
 
 
 def learning_rate(step: int, num_steps: int, max_lr: float, warmup: float) -> float:
@@ -82,7 +82,7 @@ def train(args):
     out, steps = Path(args.out), Path(f"{args.out}.steps")
     check_output(args, out, steps)
 
-    source = data.resolve_model(args.model)
+    source = cli.resolve_model(args.model)
     chat, config = data.Chat(source, args.system, args.thinking), read_config(source)
     examples = load_examples(args, chat, config)
     held_out = load_examples(args, chat, config, held_out=True) if args.val else []
@@ -265,7 +265,7 @@ def run_metadata(args, run: dict) -> dict:
 
 def print_cost(args) -> None:
     """Prints the memory, time and price of the run on the devices that the flags describe."""
-    source = data.resolve_model(args.model, weights=False)
+    source = cli.resolve_model(args.model, weights=False)
     config = read_config(source)
     examples = load_examples(args, data.Chat(source, args.system, args.thinking), config)
     with torch.device("meta"):
@@ -281,8 +281,8 @@ def print_cost(args) -> None:
 
 
 def main():
-    parser = data.ArgumentParser(description=__doc__.split("\n")[0])
-    add, at_least = parser.add_argument, data.at_least
+    parser = cli.ArgumentParser(description=__doc__.split("\n")[0])
+    add, at_least = parser.add_argument, cli.at_least
     positive, share = at_least(1), at_least(0, float, 1)
     data.add_model_arguments(add, default="assets/countdown-base")
     add("--scratch", action="store_true", help="random weights; take config and tokenizer only")
@@ -321,7 +321,7 @@ def main():
     args = parser.parse_args()
     if args.val_n and not args.val:
         parser.error("--val-n needs --val")
-    with data.exit_on_user_error(args.debug):
+    with cli.exit_on_user_error(args.debug):
         print_cost(args) if args.cost else train(args)
 
 

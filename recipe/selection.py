@@ -11,8 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 
-import data
-from recipe import grading, rows
+from recipe import cli, grading, rows
 
 
 def select(pool: list[dict], benchmarks: list[str], solved: set[str], args) -> list[dict]:
@@ -128,7 +127,7 @@ def read_pool(args) -> list[dict]:
         raise ValueError(f"{args.pool} has no column {args.domain!r}")
     print(f"pool: {len(pool):,} traces, {correct[True]:,} correct, {correct[False]:,} wrong, "
           f"{correct[None]:,} unknown")
-    print("".join(f"  {n:7,} {data.escape(name)}\n" for name, n in sizes.most_common(20)), end="")
+    print("".join(f"  {n:7,} {cli.escape(name)}\n" for name, n in sizes.most_common(20)), end="")
     return pool
 
 
@@ -154,23 +153,23 @@ def verdict(value: object) -> bool | None:
 
 
 def main() -> None:
-    parser = data.ArgumentParser(description="Choose the traces to train on, as s1 did")
+    parser = cli.ArgumentParser(description="Choose the traces to train on, as s1 did")
     add = parser.add_argument
     add("--pool", required=True, help="traces: a file or a dataset")
     rows.add_trace_arguments(add)
     add("--benchmarks", nargs="*", default=[], help="files of questions to keep out")
-    add("--ngram", type=data.at_least(1), default=8, help="shared words that count as a copy")
+    add("--ngram", type=cli.at_least(1), default=8, help="shared words that count as a copy")
     add("--verdicts", nargs="*", default=[], help="rows.jsonl of models; drop what they solve")
     add("--method", choices=METHODS, default="s1k")
     add("--sources", nargs="*", default=[], help="take all their correct, long traces (s1k only)")
-    add("--seed-length", type=data.at_least(0), default=0, help="characters of a long trace")
+    add("--seed-length", type=cli.at_least(0), default=0, help="characters of a long trace")
     add("--domain", help="column of the domain (default: domain, cot_type, subject, source_type)")
-    add("--n", type=data.at_least(1), default=1000, help="number of traces")
+    add("--n", type=cli.at_least(1), default=1000, help="number of traces")
     add("--seed", type=int, default=0)
     add("--out", type=Path, help="file to write; without it, only the counts are printed")
     add("--overwrite", action="store_true", help="replace the file")
     args = parser.parse_args()
-    with data.exit_on_user_error(args.debug):
+    with cli.exit_on_user_error(args.debug):
         if args.out and args.out.exists() and not args.overwrite:
             raise FileExistsError(f"{args.out} exists: pass --overwrite to replace it")
         benchmarks = [row["question"] for path in args.benchmarks

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from data import ArgumentParser, at_least, exit_on_user_error
+from recipe.cli import ArgumentParser, at_least, exit_on_user_error
 from recipe.grading import grade
 from recipe.rows import (
     OPEN,

@@ -5,7 +5,7 @@
     python tests/fuzz.py rows --only 1234       one input, with its traceback
 
 A target is a function of (rng, directory) that makes a random input, uses it, and returns whether
-it was accepted. These are faults: an exception that `data.exit_on_user_error` does not turn into
+it was accepted. These are faults: an exception that `cli.exit_on_user_error` does not turn into
 one line, more than SECONDS of processor time, control characters on the terminal, and an assertion
 of the target. An input is a function of (target, seed, number). With a fault the exit code is 1.
 """
@@ -35,7 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 import data  # noqa: E402
 from model import Transformer, read_config  # noqa: E402
-from recipe import countdown, grading, rows, selection, teacher  # noqa: E402
+from recipe import cli, countdown, grading, rows, selection, teacher  # noqa: E402
 
 FIXTURES = ROOT / "tests" / "fixtures"
 INDEX = "model.safetensors.index.json"
@@ -117,7 +117,7 @@ def accepts(call, *arguments):
     output = io.StringIO()
     try:
         with contextlib.redirect_stderr(output), contextlib.redirect_stdout(output), \
-                data.exit_on_user_error():
+                cli.exit_on_user_error():
             call(*arguments)
     except SystemExit as stop:
         assert stop.code == 2, f"exit code {stop.code}"
@@ -126,7 +126,7 @@ def accepts(call, *arguments):
         return False
     finally:
         text = output.getvalue()
-        assert text == data.escape(text), f"control characters are printed: {text[-300:]!r}"
+        assert text == cli.escape(text), f"control characters are printed: {text[-300:]!r}"
     return True
 
 
@@ -427,7 +427,7 @@ def main():
         for number, fault in faults[:20]:
             where = traceback.extract_tb(fault.__traceback__)[-1]
             print(f"    {name} --seed {args.seed} --only {number}: {type(fault).__name__} "
-                  f"{' '.join(data.escape(str(fault)).split())[:150]} ({where.name})", flush=True)
+                  f"{' '.join(cli.escape(str(fault)).split())[:150]} ({where.name})", flush=True)
             if args.only is not None:
                 traceback.print_exception(fault)
         failed |= bool(faults)

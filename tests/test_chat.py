@@ -12,6 +12,7 @@ from conftest import FIXTURES, ROOT
 
 import data
 from data import Chat
+from recipe import cli
 
 FAMILIES = ("qwen2", "qwen3", "llama", "r1")
 each = pytest.mark.parametrize("family", FAMILIES)
@@ -323,6 +324,6 @@ def test_a_name_that_begins_like_a_path_is_no_hub_id(tmp_path, monkeypatch):
     (tmp_path / "models").mkdir()
     for name in ("out/student", "models/gone", str(tmp_path / "gone"),
                  "./a", "../a", "one", "a/b/c"):
-        assert data.resolve_model(name) == name
+        assert cli.resolve_model(name) == name
     with pytest.raises(ValueError, match="tokenizer.json"):
         Chat("models/gone")

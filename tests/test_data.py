@@ -8,7 +8,7 @@ from conftest import BASE
 
 import data
 from data import collate, count_tokens, epoch_batches, pack_sequences, shift_labels
-from recipe import cost
+from recipe import cli, cost
 
 
 def random_examples(n, longest, seed=0):
@@ -92,7 +92,7 @@ def test_the_order_is_a_function_of_seed_and_epoch():
 
 
 def test_escape_leaves_no_control_character():
-    assert data.escape("a\x1b[31m\n\x07é") == "a\\x1b[31m\n\\x07é"
+    assert cli.escape("a\x1b[31m\n\x07é") == "a\\x1b[31m\n\\x07é"
 
 
 def test_show_marks_what_is_supervised(run, monkeypatch):

@@ -8,9 +8,10 @@ import fuzz
 import pytest
 from conftest import FIXTURES
 
-from data import Chat, exit_on_user_error
+from data import Chat
 from model import Transformer, read_config
 from recipe import grading, rows
+from recipe.cli import exit_on_user_error
 
 LLAMA3 = {"rope_type": "llama3", "factor": 8, "low_freq_factor": 1, "high_freq_factor": 4,
           "original_max_position_embeddings": 32}

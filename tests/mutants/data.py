@@ -41,8 +41,8 @@ MUTANTS = [
     ("the delimiters are not recorded", "data.py", CHAT,
      '(("generation_config.json", generation), ("chat.json", self.settings))',
      '(("generation_config.json", generation),)'),
-    ("a pickle is fetched", "data.py", CHAT,
+    ("a pickle is fetched", "recipe/cli.py", CHAT,
      '["*.safetensors"] * weights + ["*.json"', '["*.safetensors", "*.bin"] * weights + ["*.json"'),
-    ("control characters reach the terminal", "data.py", DATA,
+    ("control characters reach the terminal", "recipe/cli.py", DATA,
      'if c == "\\n" or c.isprintable() else', "if c else"),
 ]

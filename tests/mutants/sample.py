@@ -58,7 +58,7 @@ MUTANTS = [
     ("a token that is removed is printed", "sample.py", SAMPLE,
      "print_until(seq, len(seq.tokens) - max_rollback)", "print_until(seq, len(seq.tokens))"),
     ("control characters reach the terminal", "sample.py", SAMPLE,
-     "data.escape(chat.decode(ids))", "chat.decode(ids)"),
+     "cli.escape(chat.decode(ids))", "chat.decode(ids)"),
     ("a direct answer begins with thinking", "sample.py", SAMPLE,
      "thinking=not args.direct", "thinking=True"),
 ]

@@ -74,5 +74,5 @@ MUTANTS = [
     ('the output is overwritten without being asked', 'recipe/selection.py', SELECTION,
      'and args.out.exists() and not args.overwrite', 'and False'),
     ('data steers the terminal', 'recipe/selection.py', SELECTION,
-     '{data.escape(name)}', '{name}'),
+     '{cli.escape(name)}', '{name}'),
 ]
