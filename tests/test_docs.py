@@ -1,17 +1,25 @@
 """README.md and docs/: their commands, links and worked changes hold for the code as it is."""
 import argparse
+import doctest
 import importlib
 import json
 import os
+import random
 import re
 import runpy
 import shlex
 import shutil
 import subprocess
 import sys
+from dataclasses import asdict
 
 import pytest
 from conftest import BASE, ROOT
+
+import sample
+from budget_force import Budget, make_row
+from recipe import countdown
+from recipe.report import Setting
 
 README = ROOT / "README.md"
 PAGES = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8")
@@ -154,6 +162,112 @@ def test_every_page_is_linked_from_the_readme():
 
 def test_the_readme_has_at_most_200_lines():
     assert len(PAGES["README.md"].splitlines()) <= 200
+
+
+# ---- The walkthrough ------------------------------------------------------------------------
+
+WALKTHROUGH = PAGES["docs/walkthrough.md"]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_names_that_link_to_a_file_are_defined_in_it(page):
+    """[`Budget.remaining`](../budget_force.py): a function, class, method or constant."""
+    for name, file in re.findall(r"\[`([\w.]+)`\]\((?:\.\./)?([\w/]+)\.py\)", PAGES[page]):
+        if not file.endswith(name.removesuffix(".py")):
+            found = importlib.import_module(file.replace("/", "."))
+            for part in name.split("."):
+                found = getattr(found, part)
+
+
+def test_names_in_the_walkthrough_occur_in_the_code():
+    paths = [*ROOT.glob("*.py"), *(ROOT / "recipe").glob("*.py")]
+    words = {word for path in paths for word in re.findall(r"\w+", path.read_text())}
+    prose = re.sub(r"^```.*?^```$", "", WALKTHROUGH, flags=re.M | re.S)
+    names = re.findall(r"`([A-Za-z_]\w+)`", prose)
+    assert len(names) > 20 and set(names) <= words
+
+
+def test_the_session_of_the_walkthrough_prints_what_it_shows(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    session = doctest.DocTestParser().get_doctest(
+        "\n".join(blocks(WALKTHROUGH, "pycon")), {}, "walkthrough", "docs/walkthrough.md", 0)
+    assert len(session.examples) > 15
+    report = []
+    doctest.DocTestRunner().run(session, out=report.append)
+    assert not report, "".join(report)
+
+
+class Replay:
+    """A sampler whose model samples the tokens of a text."""
+
+    def __init__(self, tokens):
+        self.tokens = tokens
+
+    def generate(self, prompts, controller, **options):
+        sequence = sample.Sequence(0, prompts[0])
+        for token in self.tokens:
+            while sequence.queue:
+                sequence.append_token(None)
+            sequence.append_token(token, controller)
+        sequence.finish_reason = "stop"
+        yield sequence
+
+
+@pytest.fixture
+def forced(chat):
+    """forced(num_waits) prints and returns the sequence in which the student gives up on the first
+    test question; after each Wait it goes on as the teacher would."""
+    question, = countdown.questions("test", 1, seed=0)
+    gave_up, wrong = countdown.generate_trace(**question["answer"], rng=random.Random(4))
+    thoughts = [gave_up, "\n12*5=60\n60+1=61 ok\nSo (12*5)+1", ", is 61 61? ok\nSo (12*5)+1"]
+
+    def force(num_waits):
+        text = "".join(f"{thought}\n<|im_start|>" for thought in thoughts[:num_waits + 1])
+        text += f"Answer: {'(12*5)+1' if num_waits else wrong}<|im_end|>"
+        return sample.stream(Replay(chat.encode_template(text)), chat,
+                             chat.prompt(question["question"]), Budget(chat, num_waits=num_waits))
+    return question, force
+
+
+@pytest.mark.parametrize("page", ["README.md", "docs/walkthrough.md"])
+def test_the_forced_answer_is_what_the_budget_makes_of_it(page, forced, capsys):
+    shown, = re.findall(r"^\$ python budget_force.py .*\n(?:.*\n)*?\.\.\.\n((?:.*\n)*?)```$",
+                        PAGES[page], re.M)
+    question, force = forced
+    assert f'"{question["question"]}"' in PAGES[page]
+    state = force(1).state
+    print(f"({state.thinking_tokens} thinking tokens, {state.waits} Wait, ended: {state.ended})")
+    assert capsys.readouterr().out.endswith("\n" + shown)
+
+
+def test_the_counts_of_waits(forced, chat, tmp_path, capsys, monkeypatch):
+    question, force = forced
+    rows = [{"model": "student", **asdict(Setting("budget", num_waits=n)),
+             **make_row(force(n), chat, question)} for n in range(3)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["waits.py", str(tmp_path / "rows.jsonl")])
+    runpy.run_path(str(ROOT / "docs" / "waits.py"), run_name="__main__")
+    table, = re.findall(r"^```\n(Wait .*?)^```$", WALKTHROUGH, re.M | re.S)
+    shown, lines = table.splitlines(), capsys.readouterr().out.splitlines()
+    assert shown[:4] == lines[:4]               # the teacher's counts, and the heads
+    assert [re.split("  +", line.strip()) for line in lines[4:]] == [
+        ["1", "gave up, solution ahead", "Wait", "1", "0", "1"],
+        ["2", "So ...", "Wait, is N N? ok", "1", "1", "1"]]
+
+
+def test_the_counts_of_waits_add_up_to_the_table_of_the_readme():
+    counts = [list(map(int, line)) for line in re.findall(
+        r"^   ([12])  .*?(\d+) +(\d+) +(\d+)$", WALKTHROUGH, re.M)]
+    assert len(counts) == 7
+    names = ("unlimited  ", "unlimited + 1 Wait", "unlimited + 2 Wait")
+    for wait in (1, 2):
+        answers, *right = map(sum, zip(*(row[1:] for row in counts if row[0] == wait), strict=True))
+        assert answers == 500
+        for name, correct in zip(names[wait - 1:], right, strict=False):
+            accuracy = f"{100 * correct / answers:.1f}%"
+            line, = re.findall(rf"^student +{re.escape(name)}.*", PAGES["README.md"], re.M)
+            assert accuracy in line and accuracy in WALKTHROUGH
 
 
 # ---- Worked changes -------------------------------------------------------------------------
