@@ -10,8 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import data  # noqa: E402
-from recipe import countdown, rows  # noqa: E402
+from recipe import cli, countdown, rows  # noqa: E402
 
 
 def count_steps(lines: list[str]) -> int:
@@ -58,11 +57,11 @@ def print_student(path: str) -> None:
 
 
 def main() -> None:
-    parser = data.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser = cli.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("rows", nargs="?", default="out/student/eval/rows.jsonl",
                         help="of budget_force.py")
     args = parser.parse_args()
-    with data.exit_on_user_error(args.debug):
+    with cli.exit_on_user_error(args.debug):
         print_teacher()
         print_student(args.rows)
 
