@@ -35,8 +35,8 @@ CHATML = ("{% for message in messages %}<|im_start|>{{ message.role }}\n"       
           "{{ message.content }}<|im_end|>\n{% endfor %}"
           "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}")
 # Placeholders for the texts while a template is rendered: Unicode noncharacters. Where a template
-# strips a text (Llama 3), it takes the space beside the placeholder away.
-SYSTEM, QUESTION, ANSWER, SPACE = "\ufdd0", "\ufdd1", "\ufdd2", "\x1f"
+# strips a text (Llama 3), it takes the gap beside the placeholder away.
+SYSTEM, QUESTION, ANSWER, GAP = "\ufdd0", "\ufdd1", "\ufdd2", "\x1f"
 
 
 class Chat:
@@ -93,9 +93,8 @@ class Chat:
         """The text up to the assistant's turn and the text after it, by the rules of transformers,
         except that no date is given: a prompt is the same every day."""
         sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        messages = [{"role": "system", "content": SPACE + SYSTEM + SPACE}]
-        messages = messages * (self.system is not None) + [
-            {"role": "user", "content": SPACE + QUESTION + SPACE}]
+        messages = [{"role": "system", "content": GAP + SYSTEM + GAP}] * (self.system is not None)
+        messages += [{"role": "user", "content": GAP + QUESTION + GAP}]
         reply = {"role": "assistant", "content": ANSWER}
         try:
             render = sandbox.from_string(template).render
@@ -120,7 +119,7 @@ class Chat:
         controls = "|".join(map(re.escape, sorted(self.control_ids, key=len, reverse=True)))
         ids = []
         for part in re.split(f"({controls})", text):
-            filled = re.sub(f"({SPACE}?)([{SYSTEM}{QUESTION}])({SPACE}?)", fill, part)
+            filled = re.sub(f"({GAP}?)([{SYSTEM}{QUESTION}])({GAP}?)", fill, part)
             ids += [self.control_ids[part]] if part in self.control_ids else self.encode(filled)
         return ids
 

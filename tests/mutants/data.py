@@ -18,7 +18,7 @@ MUTANTS = [
     ("a template strips the placeholder instead of the text", "data.py", CHAT,
      "value if place[1] else value.lstrip()", "value"),
     ("the system prompt is ignored", "data.py", CHAT,
-     "messages = messages * (self.system is not None)", "messages = messages * 0"),
+     'GAP + SYSTEM + GAP}] * (self.system is not None)', 'GAP + SYSTEM + GAP}] * 0'),
     ("the loss mask begins one token early", "data.py", DATA,
      "return [-100] * (prompt_length - 1) + ids[prompt_length:] + [-100]",
      "return [-100] * (prompt_length - 2) + ids[prompt_length - 1:] + [-100]"),
