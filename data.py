@@ -147,8 +147,8 @@ class Chat:
             prompt = self.prompt(question, thinking=False)
         else:
             prompt = self.encode_template(self.prompt_text, question)
-            closing = self.encode_template("\n" + self.closing)
-            reply = self.opening_ids + self.encode(thinking.strip()) + closing + reply
+            closed = self.encode_template(f"{QUESTION}\n{self.closing}", thinking.strip())
+            reply = self.opening_ids + closed + reply
         return prompt + reply, len(prompt)
 
     def save(self, directory: Path) -> None:

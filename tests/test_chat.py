@@ -8,7 +8,7 @@ import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from conftest import FIXTURES, ROOT
+from conftest import BASE, FIXTURES, ROOT
 
 import data
 from data import Chat
@@ -45,6 +45,23 @@ def test_an_example_is_the_recipes_text(chat):
 def test_the_answer_prefix_is_added_where_it_is_missing(chat):
     ids, _ = chat.example("q", "t", "so Answer: 5")
     assert chat.decode(ids).count("Answer:") == 1
+
+
+def test_the_end_of_the_thinking_is_tokenized_with_its_newline(tmp_path):
+    """As in the whole text, where many tokenizers have a token for a full stop and a newline."""
+    directory = shutil.copytree(BASE, tmp_path / "model")
+    path = directory / "tokenizer.json"
+    raw = json.loads(path.read_text())
+    raw["model"]["vocab"][".Ċ"] = len(raw["model"]["vocab"]) + len(raw["added_tokens"])
+    raw["model"]["merges"].append([".", "Ċ"])
+    path.write_text(json.dumps(raw))
+    change_json(directory / "config.json", vocab_size=4096)
+    for thinking in ("s1", "think"):
+        chat = Chat(directory, thinking=thinking)
+        ids, prompt_length = chat.example("q", "so it is.", "2")
+        text = chat.decode(ids[prompt_length:])
+        assert ids[prompt_length:] == chat.tokenizer.encode(text, add_special_tokens=False).ids
+        assert chat.encode(".\n")[0] in ids
 
 
 def test_a_direct_answer_is_supervised_alone(chat):

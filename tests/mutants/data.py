@@ -45,4 +45,7 @@ MUTANTS = [
      '["*.safetensors"] * weights + ["*.json"', '["*.safetensors", "*.bin"] * weights + ["*.json"'),
     ("control characters reach the terminal", "recipe/cli.py", DATA,
      'if c == "\\n" or c.isprintable() else', "if c else"),
+    ("the newline before the delimiter is a token of its own", "data.py", CHAT,
+     '            closed = self.encode_template(f"{QUESTION}\\n{self.closing}", thinking.strip())',
+     '            closed = self.encode(thinking.strip()) + self.encode_template("\\n" + self.closing)'),
 ]
