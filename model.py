@@ -411,7 +411,7 @@ def read_config(directory) -> Config:
         known = {f.name: raw.get(f.name, f.default) for f in fields(Config) if f.name != "extra"}
         known["rope_theta"] = rope.get("rope_theta", known["rope_theta"])
         known["rope_scaling"] = rope if said["rope_type"] == "llama3" else None
-        return Config(**known, extra={key: raw[key] for key in raw.keys() - known.keys()})
+        return Config(**known, extra={key: raw[key] for key in raw if key not in known})
     except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be used: {error}") from None
 

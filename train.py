@@ -41,7 +41,7 @@ def learning_rate(step: int, num_steps: int, max_lr: float, warmup: float) -> fl
 
 def accumulate_gradients(model, batch: list, max_tokens: int, device: torch.device,
                          autocast=False, rank=0, world_size=1) -> tuple[torch.Tensor, int]:
-    """Adds the gradient of the batch's mean loss; returns that loss and the number of packed rows.
+    """Adds the gradient of the batch's mean loss; returns it and the capacity of its rows.
 
     The loss of an optimizer step is the mean over all its supervised tokens: every rank divides
     the summed loss of each of its rows by the count of the whole batch. A mean of the rows' means
@@ -63,7 +63,7 @@ def accumulate_gradients(model, batch: list, max_tokens: int, device: torch.devi
         loss += row_loss.detach() / num_supervised
     if world_size > 1:
         dist.all_reduce(loss)
-    return loss, len(packed)
+    return loss, sum(max(max_tokens, data.count_tokens(row)) for row in packed)
 
 
 def train(args):
@@ -80,21 +80,21 @@ def train(args):
     if rank > 0:
         sys.stdout = open(os.devnull, "w")      # only rank 0 prints
     out, steps = Path(args.out), Path(f"{args.out}.steps")
-    check_output(args, out, steps)
+    checkpoint.check_output(out, steps, args.overwrite, args.resume)
 
     source = cli.resolve_model(args.model)
     chat, config = data.Chat(source, args.system, args.thinking), read_config(source)
     examples = load_examples(args, chat, config)
     held_out = load_examples(args, chat, config, held_out=True) if args.val else []
-    asked = [{tuple(ids[:n] if n > 1 else ids) for ids, n in part} for part in (examples, held_out)]
-    if shared := asked[0] & asked[1]:
-        raise ValueError(f"{len(shared)} of the held-out questions are trained on too")
+    prompts = {tuple(ids[:n]) for ids, n in examples if n > 1}      # n is 1 in pre-training
+    if shared := sum(tuple(ids[:n]) in prompts for ids, n in held_out):
+        raise ValueError(f"{shared} of the held-out questions are trained on too")
     batches = [batch for epoch in range(args.epochs)
                for batch in data.epoch_batches(examples, args.batch_size, args.seed, epoch)]
     num_steps = min(len(batches), args.max_steps or len(batches))
 
     # The weights are float32. Autocast casts them to bf16 where they are multiplied.
-    autocast = (args.dtype or {"cuda": "bfloat16"}.get(device.type)) == "bfloat16"
+    autocast = (args.dtype or cli.default_dtype(args.device, config.extra)) == "bfloat16"
     model = load_model(args, source, device, world_size, autocast)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]        # norms and biases
@@ -109,7 +109,7 @@ def train(args):
     for step in tqdm(range(first_step, num_steps), initial=first_step, total=num_steps, unit="step",
                      dynamic_ncols=True, disable=None if rank == 0 else True):
         start, batch = time.perf_counter(), batches[step]
-        loss, num_rows = accumulate_gradients(
+        loss, capacity = accumulate_gradients(
             model, batch, args.tokens_per_batch, device, autocast, rank, world_size)
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.grad_clip)
         norm = norm.full_tensor() if world_size > 1 else norm
@@ -129,7 +129,7 @@ def train(args):
         peak = world_size * (args.device_tflops or 0) * 1e12
         metrics.append({
             "step": step, "loss": loss, "lr": group["lr"], "grad_norm": norm, "seconds": seconds,
-            "tokens": data.count_tokens(batch), "capacity": num_rows * args.tokens_per_batch,
+            "tokens": data.count_tokens(batch), "capacity": capacity,
             "flops": flops, "mfu": flops / seconds / peak if peak else None,
             "memory_bytes": cost.peak_memory(device)})
         done = step + 1
@@ -183,7 +183,7 @@ def load_examples(args, chat, config, held_out=False) -> list:
             traces = list(countdown.add_length_prompts(
                 traces, lambda text: len(chat.encode(text)), args.ask))
         examples = [chat.example(*trace) for trace in traces[:n]]
-    longest = min(args.tokens_per_batch, config.max_position_embeddings)
+    longest = min(args.max_seq_len or math.inf, config.max_position_embeddings)
     kept = [example for example in examples if len(example[0]) <= longest]
     if not kept:
         raise ValueError(f"all {len(examples)} examples are longer than {longest} tokens")
@@ -234,14 +234,6 @@ def install_signal_handler() -> list:
     return received
 
 
-def check_output(args, out: Path, steps: Path) -> None:
-    if out.exists() and not (args.overwrite and (out / "run.json").is_file()):
-        raise ValueError(f"{out} exists: choose another --out, or --overwrite a result of train.py")
-    if any(steps.glob("*")) and not args.overwrite and not args.resume:
-        raise ValueError(f"{steps} holds a stopped run: --resume or --overwrite it")
-    out.parent.mkdir(parents=True, exist_ok=True)
-
-
 def identity(args, examples: list, world_size: int) -> dict:
     """What the weights depend on. A run may only be resumed with the same values."""
     other = {"out", "overwrite", "save_every", "resume", "save_dtype", "debug", "val", "val_n",
@@ -275,6 +267,7 @@ def print_cost(args) -> None:
     num_steps = min(args.epochs * len(epoch), args.max_steps or math.inf)
     row_lengths = [[data.count_tokens(row) for row in data.pack_sequences(
         batch, args.tokens_per_batch, args.devices)] for batch in epoch]
+    args.tokens_per_batch = max(args.tokens_per_batch, *map(max, row_lengths))
     cost.print_memory(args, config, *sizes)
     cost.print_time(args, config, num_steps, [len(ids) for ids, _ in examples],
                     sum(len(ids) - prompt_length for ids, prompt_length in examples), row_lengths)
@@ -301,7 +294,9 @@ def main():
     add("--epochs", type=positive, default=8, help="passes over the examples")
     add("--max-steps", type=positive, help="stop after this many optimizer steps")
     add("--batch-size", type=positive, default=16, help="sequences per step, over all processes")
-    add("--tokens-per-batch", type=positive, default=8192, help="length of a packed row")
+    add("--max-seq-len", type=positive, help="drop longer examples (default: the model's context)")
+    add("--tokens-per-batch", type=positive, help="length of a packed row; a longer example gets "
+        "its own (default: 8192, on a CPU 2048)")
     add("--lr", type=at_least(0, float), default=2e-3, help="peak learning rate (s1, 32B: 1e-5)")
     add("--warmup", type=share, default=0.05, help="share of the steps with a rising rate")
     add("--weight-decay", type=at_least(0, float), default=1e-4, help="weight decay of matrices")
@@ -310,7 +305,8 @@ def main():
     add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     add("--compile", action="store_true", help="torch.compile; takes minutes at the start")
     add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps")
-    add("--dtype", choices=("float32", "bfloat16"), help="to compute in; bfloat16 on cuda")
+    add("--dtype", choices=("float32", "bfloat16"), help="to compute in (default: bfloat16 on "
+        "CUDA, and for a model stored in it on a CPU that has it)")
     add("--save-dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     add("--cost", action="store_true", help="print memory, time and price of the run, and stop")
     add("--devices", type=positive, default=1, help="for --cost: how many")
@@ -319,6 +315,8 @@ def main():
     add("--mfu", type=at_least(0.001, float, 1), default=0.4, help="for --cost: share of the peak")
     add("--usd-per-hour", type=at_least(0, float), help="price of a device")
     args = parser.parse_args()
+    # A longer row falls out of a CPU's caches.
+    args.tokens_per_batch = args.tokens_per_batch or (2048 if args.device == "cpu" else 8192)
     if args.val_n and not args.val:
         parser.error("--val-n needs --val")
     with cli.exit_on_user_error(args.debug):

@@ -19,6 +19,15 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 
+def check_output(out: Path, steps: Path, overwrite: bool, resume: bool) -> None:
+    """ValueError if a run that writes `out` would destroy something."""
+    if out.exists() and not (overwrite and (out / "run.json").is_file()):
+        raise ValueError(f"{out} exists: choose another --out, or --overwrite a result of train.py")
+    if any(steps.glob("*")) and not overwrite and not resume:
+        raise ValueError(f"{steps} holds a stopped run: --resume or --overwrite it")
+    out.parent.mkdir(parents=True, exist_ok=True)
+
+
 def local_state(model, optimizer) -> dict[str, torch.Tensor]:
     """What this rank holds of the weights and of the optimizer's state, by name."""
     state = {}

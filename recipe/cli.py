@@ -29,6 +29,15 @@ def resolve_model(name: str, weights: bool = True) -> str:
         raise ValueError(f"{name} is neither a directory nor on the hub: {error}") from None
 
 
+def default_dtype(device: str, config: dict) -> str:
+    """bfloat16 on CUDA, and on a CPU that computes in it for a model that is stored in it."""
+    import torch
+    cpu = getattr(torch.cpu, "get_capabilities", dict)()        # newer versions of PyTorch
+    has_bf16 = device == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
+    is_stored = "bfloat16" in (config.get("dtype"), config.get("torch_dtype"))
+    return "bfloat16" if device.startswith("cuda") or has_bf16 and is_stored else "float32"
+
+
 @contextlib.contextmanager
 def exit_on_user_error(debug: bool = False) -> Iterator[None]:
     """Turn what a user can cause into one line on standard error and exit code 2."""

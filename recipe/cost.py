@@ -37,37 +37,42 @@ def token_slots(row_lengths: list[int], num_processes: int) -> int:
 
 
 def memory(config, num_parameters: int, block_parameters: int, tokens_per_batch: int,
-           num_devices: int, gradient_checkpointing: bool) -> dict[str, float]:
+           num_devices: int, gradient_checkpointing: bool,
+           dtype: str = "bfloat16") -> dict[str, float]:
     """Returns the bytes that each device needs, by what they hold.
 
-    num_parameters counts the whole model, block_parameters one transformer block.
+    num_parameters counts the whole model, block_parameters one transformer block. `dtype` is that
+    of the matrix products; in bfloat16 the weights are copied.
     """
     C, T, L = config.hidden_size, tokens_per_batch, config.num_hidden_layers
-    output_weight = C * config.vocab_size
-    # What a block keeps for the backward pass, per token, in bf16. Six tensors of width C: its
+    output_weight, width = C * config.vocab_size, 2 if dtype == "bfloat16" else 4
+    # What a block keeps for the backward pass, per token. Six tensors of width C: its
     # input, the output of attention, and the rows of both norms before and after scaling. Then
     # q, k, v and the output of the heads; then the MLP's gate, silu(gate), up and their product.
     heads = config.num_attention_heads + config.num_key_value_heads
-    per_block = 2 * (6 * C + 2 * heads * config.head_dim + 4 * config.intermediate_size)
+    per_block = width * (6 * C + 2 * heads * config.head_dim + 4 * config.intermediate_size)
     # With gradient checkpointing all blocks keep their input, and one at a time keeps the rest.
-    activations = T * (L * 2 * C + per_block) if gradient_checkpointing else T * L * per_block
+    activations = T * (L * width * C + per_block) if gradient_checkpointing else T * L * per_block
     parts = {"weights, gradients and AdamW state, float32": 16 * num_parameters / num_devices,
-             "output weight, bf16": 2 * output_weight,
-             "activations, bf16": activations,
+             f"activations, {dtype}": activations,
              "gradient of the output weight, float32": 4 * output_weight}
+    if dtype == "bfloat16":
+        copied = output_weight + (L * block_parameters if num_devices == 1 else 0)
+        parts["copies of weights, bfloat16"] = 2 * copied
     if num_devices > 1:
         gathered = output_weight + 2 * block_parameters
-        parts["gathered embedding and two blocks, bf16"] = 2 * gathered
+        parts[f"gathered embedding and two blocks, {dtype}"] = width * gathered
     return parts
 
 
 def print_memory(args, config, num_parameters: int, block_parameters: int):
     """Prints what the memory of a device holds, and what to change where it is too small."""
     sizes = (config, num_parameters, block_parameters, args.tokens_per_batch, args.devices)
-    parts = memory(*sizes, args.gradient_checkpointing)
+    dtype = args.dtype or "bfloat16"
+    parts = memory(*sizes, args.gradient_checkpointing, dtype)
     need, capacity = sum(parts.values()), args.device_memory_gb * 1e9
     advice = "use more --devices or a smaller --tokens-per-batch"
-    if sum(memory(*sizes, gradient_checkpointing=True).values()) <= capacity:
+    if sum(memory(*sizes, True, dtype).values()) <= capacity:
         advice = "--gradient-checkpointing makes it fit"
     print(f"{num_parameters:,} parameters; memory of each of {args.devices} devices:")
     for name, size in parts.items():

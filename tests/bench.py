@@ -439,7 +439,7 @@ QWEN = {"7B": (4, Config(152064, 3584, 18944, 28, 28, 4)),     # number of H100s
         "32B": (16, Config(152064, 5120, 27648, 64, 40, 8))}
 # s1's fine-tuning (section 4.1), at the 20% of an H100's peak that its 26 minutes come to.
 S1 = dict(device_tflops=989, device_memory_gb=80, mfu=0.2, usd_per_hour=2, epochs=5, batch_size=16,
-          tokens_per_batch=32768, gradient_checkpointing=True)
+          tokens_per_batch=32768, gradient_checkpointing=True, dtype=None)
 
 
 def print_costs():

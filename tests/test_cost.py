@@ -12,7 +12,8 @@ QWEN_7B = Config(152064, 3584, 18944, 28, 28, 4)
 QWEN_32B = Config(152064, 5120, 27648, 64, 40, 8)
 # s1's fine-tuning (section 4.1), at the 20% of an H100's peak that its 26 minutes come to.
 S1 = {"devices": 16, "device_tflops": 989, "device_memory_gb": 80, "mfu": 0.2, "usd_per_hour": 2,
-      "epochs": 5, "batch_size": 16, "tokens_per_batch": 32768, "gradient_checkpointing": True}
+      "epochs": 5, "batch_size": 16, "tokens_per_batch": 32768, "gradient_checkpointing": True,
+      "dtype": None}
 
 
 def flags(**changes):
@@ -63,9 +64,11 @@ def test_memory_of_a_device():
     # Per token: 6 tensors of width 8, q and the output of 4 heads, k and v of 2, 4 of width 20.
     block = 2 * (6 * 8 + 2 * 4 * 2 + 2 * 2 * 2 + 4 * 20)
     found = memory(config, 5000, 700, 10, 1, gradient_checkpointing=False)
-    assert list(found.values()) == [16 * 5000, 2 * 800, 10 * 3 * block, 4 * 800]
+    assert list(found.values()) == [16 * 5000, 10 * 3 * block, 4 * 800, 2 * (800 + 3 * 700)]
+    found = memory(config, 5000, 700, 10, 1, False, "float32")
+    assert list(found.values()) == [16 * 5000, 10 * 3 * 2 * block, 4 * 800]
     found = memory(config, 5000, 700, 10, 4, gradient_checkpointing=True)
-    assert list(found.values()) == [16 * 5000 / 4, 2 * 800, 10 * (3 * 16 + block), 4 * 800,
+    assert list(found.values()) == [16 * 5000 / 4, 10 * (3 * 16 + block), 4 * 800, 2 * 800,
                                     2 * (800 + 2 * 700)]
 
 

@@ -159,8 +159,8 @@ def test_the_gradient_does_not_depend_on_rows_and_processes(tmp_path, monkeypatc
 
     def compute(max_tokens):
         model = tiny_model()
-        loss, num_rows = train.accumulate_gradients(model, batch, max_tokens, CPU)
-        found[num_rows] = {name: p.grad for name, p in model.named_parameters()}, loss
+        loss, capacity = train.accumulate_gradients(model, batch, max_tokens, CPU)
+        found[capacity // max_tokens] = {name: p.grad for name, p in model.named_parameters()}, loss
 
     compute(99999)
     compute(longest)
@@ -270,7 +270,7 @@ def test_training_learns(trained):
 def test_examples_that_are_too_long_are_dropped_and_counted(trained, tiny):
     lengths = [len(data.Chat(tiny).example(*trace)[0]) for trace in countdown.traces(10, 0)]
     limit = sorted(lengths)[6]
-    _, _, printed = trained("a", "--tokens-per-batch", limit)
+    _, _, printed = trained("a", "--max-seq-len", limit)
     kept = sum(length <= limit for length in lengths)
     assert f"{kept} examples, {sum(n for n in lengths if n <= limit):,} tokens" in printed
     assert f"{10 - kept} dropped as longer than {limit}" in printed
@@ -487,7 +487,7 @@ def test_every_step_is_a_line_and_a_row_and_totals_are_printed(run, tiny, tmp_pa
     spent, tokens = (sum(row[key] for row in table) for key in ("seconds", "tokens"))
     assert f"{2 * spent:.2f} dollars" in printed
     assert f"{sum(row['flops'] for row in table):.3g} FLOPs" in printed
-    assert f"rows {100 * tokens / (6 * 8192):.1f}% full" in printed     # each step fits into a row
+    assert f"rows {100 * tokens / (6 * 2048):.1f}% full" in printed     # each step fits into a row
     assert f"6 steps, {tokens:,} tokens" in printed
 
 
@@ -688,7 +688,7 @@ def test_a_run_that_differs_is_not_resumed(run, tiny, tmp_path, monkeypatch):
     shard = tmp_path / "a.steps" / "00000002" / "rank-00000.safetensors"
     before = shard.read_bytes()
     for change, message in ((("--lr", 1e-4), "lr was 0.002, is 0.0001"),
-                            (("--tokens-per-batch", 512), "tokens_per_batch was 8192, is 512"),
+                            (("--tokens-per-batch", 512), "tokens_per_batch was 2048, is 512"),
                             (("--seed", 1), "seed was 0, is 1"), (("--n", 11), "data was")):
         code, _, error = run("train", *command(tiny, tmp_path / "a", "--resume", *change))
         assert code == 2 and message in error and error.count("\n") == 1, error
@@ -810,7 +810,7 @@ def test_the_old_result_stays_until_the_new_one_is_whole(run, tiny, tmp_path, mo
     ("--data {tmp}/prose --ask steps", "steps"), ("--n 99999", "99999"),
     ("--model {tmp}", "tokenizer.json"), ("--model {tmp}/file", "tokenizer"),
     ("--model {small}", "1347 tokens"), ("--n 0", "argument --n"),
-    ("--tokens-per-batch 9", "longer than 9"), ("--out {tmp}/full", "--overwrite"),
+    ("--max-seq-len 9", "longer than 9"), ("--out {tmp}/full", "--overwrite"),
     ("--out {tmp}/full --overwrite", "a result of train.py"), ("--out {tmp}/file/x", "File exists"),
     ("--give-up 7", "argument --give-up"), ("--nonsense", "unrecognized arguments"),
     ("--val-n 3", "--val-n needs --val"), ("--val {tmp}/none.jsonl", "No such file"),

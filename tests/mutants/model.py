@@ -76,7 +76,7 @@ MUTANTS = [
     ("rope_theta of rope_parameters is ignored", FILE, FILES,
      'known["rope_theta"] = rope.get("rope_theta", known["rope_theta"])', "pass"),
     ("unknown keys of config.json are lost", FILE, FILES,
-     "extra={key: raw[key] for key in raw.keys() - known.keys()}", "extra={}"),
+     "extra={key: raw[key] for key in raw if key not in known}", "extra={}"),
     ("a separate head is dropped", FILE, FILES,
      "torch.equal(*(stored[name].to(dtype) for name in names))", "True"),
     ("a copy of the embedding is a separate head", FILE, FILES,
