@@ -4,6 +4,7 @@
     python tests/bench.py train     training loop: transformers' model in a plain loop
     python tests/bench.py decode    sampler: transformers' generate; the cost of forced tokens
     python tests/bench.py cost      what train.py --cost prints for Qwen2.5; needs no files
+    python tests/bench.py train decode --model DIR     of a real model, in --dtype
 
 Implementations that are not installed are left out, with a message. Install transformers (and
 liger-kernel on CUDA) in a separate environment. Times are medians over rounds in which every
@@ -11,6 +12,7 @@ implementation runs once, so that a slow moment of the machine affects all of th
 ratios, not the milliseconds.
 """
 import argparse
+import contextlib
 import gc
 import platform
 import random
@@ -18,6 +20,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -30,7 +33,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import data  # noqa: E402
 import train  # noqa: E402
 from budget_force import Budget  # noqa: E402
-from model import Config, FusedLinearCrossEntropy, Transformer  # noqa: E402
+from model import Config, FusedLinearCrossEntropy, Transformer, read_config  # noqa: E402
 from recipe import cost  # noqa: E402
 from sample import Sampler  # noqa: E402
 
@@ -213,9 +216,8 @@ def s1_like_examples(n, scale, max_tokens, vocab_size, rng):
     return examples
 
 
-def our_step(config, state, batches, max_tokens, bf16, compiled=False):
-    model = Transformer(config).to(DEVICE)
-    model.load_state_dict(state)
+def our_step(source, batches, max_tokens, bf16, compiled=False):
+    model = Transformer.load(source, device=DEVICE).train()
     FusedLinearCrossEntropy.compiled = False
     if compiled:
         model.compile_kernels()
@@ -234,22 +236,20 @@ def our_step(config, state, batches, max_tokens, bf16, compiled=False):
     return step
 
 
-def load_transformers_model(config, state, dtype=torch.float32):
-    from transformers import Qwen2Config, Qwen2ForCausalLM
-    fields = {key: value for key, value in config.to_dict().items() if key != "head_dim"}
-    model = Qwen2ForCausalLM(Qwen2Config(**fields)).to(DEVICE, dtype)
-    model.load_state_dict(state, strict=False)
-    return model
+def load_transformers_model(source, dtype=torch.float32):
+    from transformers import AutoModelForCausalLM
+    return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).to(DEVICE)
 
 
-def transformers_step(config, state, batches, bf16):
-    """transformers' model in a plain loop: padded micro-batches, its own loss and attention."""
-    model = load_transformers_model(config, state).train()
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4)
+def transformers_step(source, batches, bf16, micro):
+    """transformers' model in a plain loop: padded micro-batches of `micro` examples, its own loss
+    and attention."""
+    model = load_transformers_model(source).train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
     remaining = iter(batches * 99)
 
     def step():
-        batch, micro = next(remaining), 4
+        batch = next(remaining)
         supervised = sum(len(ids) - prompt_length for ids, prompt_length in batch)
         total = 0.0
         for start in range(0, len(batch), micro):
@@ -272,46 +272,64 @@ def transformers_step(config, state, batches, bf16):
     return step
 
 
-def matmul_tflops():
-    """TFLOP/s of a large bf16 matrix product on this machine."""
+def matmul_tflops(dtype):
+    """TFLOP/s of a large matrix product on this machine."""
     n = 8192 if CUDA else 1024
-    a, b = (torch.randn(n, n, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    a, b = (torch.randn(n, n, device=DEVICE, dtype=getattr(torch, dtype)) for _ in range(2))
     return 2 * n ** 3 / median_seconds({"matmul": lambda: a @ b}, 10)["matmul"] / 1e12
 
 
-def bench_train(rounds, peak_tflops):
+def train_jobs(model, rounds, directory):
+    """Yields (name, model directory, batches, row length): toys with s1's lengths, or `model` with
+    documents of 1,200 and of 200 tokens."""
+    rng = random.Random(0)
+    if model:
+        vocab_size = read_config(model).vocab_size
+        for n, T in ((4, 1200), (24, 200)):
+            batch = [([rng.randrange(vocab_size) for _ in range(T)], T // 10) for _ in range(n)]
+            yield f"{model}, {n} documents of {T:,}", model, [batch] * 2, 8192 if CUDA else 2048
+        return
     for name, (config, max_tokens, scale) in model_shapes().items():
-        rng = random.Random(0)
         examples = s1_like_examples(8 * (rounds + 1), scale, max_tokens, config.vocab_size, rng)
+        Transformer(config).init_weights(0).save(directory)
         batches = [examples[i:i + 8] for i in range(0, len(examples), 8)]
-        state = Transformer(config).init_weights(0).state_dict()
-        steps = {"ours": our_step(config, state, batches, max_tokens, False),
-                 "ours, bf16": our_step(config, state, batches, max_tokens, True),
-                 "ours, bf16, --compile": our_step(config, state, batches, max_tokens, True, True)}
-        try:
-            steps |= {"transformers": transformers_step(config, state, batches, False),
-                      "transformers, bf16": transformers_step(config, state, batches, True)}
-        except ImportError:
-            print("transformers is not installed: left out")
-        seconds = median_seconds(steps, rounds)
-        # All loops have taken the same batches. Tokens and work are means of the measured steps.
-        tokens = data.count_tokens(sum(batches[1:], [])) / rounds
-        work = sum(cost.flops(config, [len(ids) for ids, _ in batch],
-                              sum(len(ids) - n for ids, n in batch))
-                   for batch in batches[1:]) / rounds
-        matmul = matmul_tflops()
-        print(f"{name} parameters, 8 sequences per step, {tokens / 8:,.0f} tokens each, rows of "
-              f"{max_tokens:,}; a bf16 matrix product here: {matmul:.2f} TFLOP/s\n")
-        baseline = seconds.get("transformers", seconds["ours"])
-        baseline_bf16 = seconds.get("transformers, bf16", seconds["ours"])
-        print_table(
-            ["loop", "tokens/s", "transformers = 1", "its bf16 = 1", "of the matrix product", "MFU",
-             "loss, first and last step"],
-            [[key, f"{tokens / s:,.0f}", f"{baseline / s:.2f}", f"{baseline_bf16 / s:.2f}",
-              f"{100 * work / s / 1e12 / matmul:.0f}%",
-              f"{100 * work / s / 1e12 / peak_tflops:.0f}%" if peak_tflops else "",
-              f"{steps[key].losses[0]:.4f} {steps[key].losses[-1]:.4f}"]
-             for key, s in seconds.items()])
+        yield f"{name} parameters, s1's lengths", directory, batches, max_tokens
+
+
+def bench_train(rounds, peak_tflops, model, dtypes):
+    with tempfile.TemporaryDirectory() as directory:
+        for name, source, batches, max_tokens in train_jobs(model, rounds, directory):
+            steps, config, matmul = {}, read_config(source), matmul_tflops(dtypes[-1])
+            for dtype in dtypes:
+                bf16 = dtype == "bfloat16"
+                steps[f"ours, {dtype}"] = our_step(source, batches, max_tokens, bf16)
+                if not model:
+                    steps[f"ours, {dtype}, --compile"] = our_step(
+                        source, batches, max_tokens, bf16, True)
+                with contextlib.suppress(ImportError):
+                    steps[f"transformers, {dtype}, one by one"] = transformers_step(
+                        source, batches, bf16, 1)
+                    if not model:
+                        steps[f"transformers, {dtype}, padded fours"] = transformers_step(
+                            source, batches, bf16, 4)
+            seconds = median_seconds(steps, rounds)
+            # All loops have taken the same batches. Tokens and work are means over them.
+            tokens = data.count_tokens(sum(batches[1:], [])) / len(batches[1:])
+            work = sum(cost.flops(config, [len(ids) for ids, _ in batch],
+                                  sum(len(ids) - n for ids, n in batch))
+                       for batch in batches[1:]) / len(batches[1:])
+            print(f"{name}, rows of {max_tokens:,}; a {dtypes[-1]} matrix product here: "
+                  f"{matmul:.2f} TFLOP/s\n")
+            best = min((s for key, s in seconds.items() if key.startswith("transformers")),
+                       default=seconds[f"ours, {dtypes[-1]}"])
+            print_table(
+                ["loop", "tokens/s", "transformers' best = 1", "of the matrix product", "MFU",
+                 "loss, first and last step"],
+                [[key, f"{tokens / s:,.0f}", f"{best / s:.2f}",
+                  f"{100 * work / s / 1e12 / matmul:.0f}%",
+                  f"{100 * work / s / 1e12 / peak_tflops:.0f}%" if peak_tflops else "",
+                  f"{steps[key].losses[0]:.4f} {steps[key].losses[-1]:.4f}"]
+                 for key, s in seconds.items()])
 
 
 # ---- Decoding -------------------------------------------------------------------------------
@@ -326,7 +344,8 @@ def decode_jobs(vocab_size):
         return [[rng.randrange(1, vocab_size) for _ in range(rng.randint(16, 48))]
                 for _ in range(n)]
     ragged = [round(20 * 20 ** rng.random() ** 2) for _ in range(128)]      # 20 to 400
-    return {"batch 1": (prompts(1), [128]), "batch 32, equal": (prompts(32), [128] * 32),
+    return {"batch 1": (prompts(1), [128]), "batch 16, equal": (prompts(16), [128] * 16),
+            "batch 32, equal": (prompts(32), [128] * 32),
             "128 prompts, ragged": (prompts(128), ragged)}
 
 
@@ -368,19 +387,22 @@ def transformers_decode(model, prompts, lengths, batch_size):
     return run
 
 
-def bench_decode(rounds):
-    config = list(model_shapes().values())[-1][0]
-    dtype = torch.bfloat16 if CUDA else torch.float32
-    model = Transformer(config).init_weights(0).to(DEVICE, dtype)
-    other = None
-    try:
-        other = load_transformers_model(config, model.state_dict(), dtype).eval()
-    except ImportError:
-        print("transformers is not installed: left out")
+def bench_decode(rounds, source, dtypes):
+    with tempfile.TemporaryDirectory() as directory:
+        if not source:
+            Transformer(list(model_shapes().values())[-1][0]).init_weights(0).save(directory)
+        for dtype in dtypes:
+            bench_decode_in(rounds, source or directory, getattr(torch, dtype))
+
+
+def bench_decode_in(rounds, source, dtype):
+    model, other = Transformer.load(source, dtype, DEVICE), None
+    with contextlib.suppress(ImportError):
+        other = load_transformers_model(source, dtype).eval()
     size = sum(p.numel() for p in model.parameters())
-    print(f"{size / 1e6:,.0f} M parameters, greedy, 32 slots or batches of 32\n")
+    print(f"{size / 1e6:,.0f} M parameters, {dtype}, greedy, 32 slots or batches of 32\n")
     lines = []
-    for job, (prompts, lengths) in decode_jobs(config.vocab_size).items():
+    for job, (prompts, lengths) in decode_jobs(model.config.vocab_size).items():
         functions = {"ours": our_decode(model, prompts, lengths, 32)}
         if other:
             functions["generate"] = transformers_decode(other, prompts, lengths, 32)
@@ -389,7 +411,7 @@ def bench_decode(rounds):
         lines += [[job, name, f"{sum(lengths) / s:,.0f}", f"{baseline / s:.2f}"]
                   for name, s in seconds.items()]
     print_table(["job", "sampler", "tokens/s", "generate = 1"], lines)
-    bench_forcing(model, config, rounds)
+    bench_forcing(model, model.config, rounds)
 
 
 def bench_forcing(model, config, rounds):
@@ -470,6 +492,9 @@ def main():
     parser.add_argument("what", nargs="+", choices=("loss", "train", "decode", "cost"))
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device-tflops", type=float, help="peak of the device, for MFU")
+    parser.add_argument("--model", help="directory of a real model, for train and decode")
+    parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"),
+                        default=["bfloat16"] if CUDA else ["float32", "bfloat16"])
     args = parser.parse_args()
     if "cost" in args.what:
         print_costs()
@@ -478,9 +503,9 @@ def main():
     if "loss" in args.what:
         bench_loss(args.rounds)
     if "train" in args.what:
-        bench_train(args.rounds, args.device_tflops)
+        bench_train(args.rounds, args.device_tflops, args.model, args.dtype)
     if "decode" in args.what:
-        bench_decode(args.rounds)
+        bench_decode(args.rounds, args.model, args.dtype)
 
 
 if __name__ == "__main__":
