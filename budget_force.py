@@ -82,8 +82,7 @@ class Budget:
         return [token]
 
     def remaining(self, sequence: sample.Sequence) -> tuple[float, str]:
-        """How many more tokens can be sampled before the thinking, or the answer, is full; and what
-        ends the thinking then."""
+        """How many more tokens of thinking, then of the answer, fit; and what ends the thinking."""
         if (state := sequence.state) and state.ended:
             return self.max_answer + state.sampled_start - len(sequence.tokens), ""
         budget = self.max_thinking if self.max_thinking >= 0 else math.inf
@@ -128,7 +127,7 @@ class Budget:
 
     def continue_answer(self, sequence: sample.Sequence, token: int) -> list[int]:
         """Ends the answer when its budget is spent, or when it would begin another turn."""
-        is_full = self.remaining(sequence)[0] <= 0
+        is_full = len(sequence.tokens) - sequence.state.sampled_start >= self.max_answer
         is_over = token not in self.chat.stop_ids and (is_full or token in self.chat.turn_ids)
         return [self.chat.end_id] if is_over else [token]
 
