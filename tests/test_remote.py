@@ -119,7 +119,7 @@ TOY = dict(closing_ids=[1, 2], end_id=9, stop_ids={9},
 CHATS = {"token": SimpleNamespace(**TOY, closing_text="", end_ids={1, 9}, turn_ids={1}),
          "again": SimpleNamespace(**TOY, closing_text="", end_ids={1, 9}, turn_ids=set()),
          "text": SimpleNamespace(**TOY, closing_text="()", end_ids={9}, turn_ids=set())}
-PROMPTS = [[first, 8] for first in range(0, 16, 2)]
+PROMPTS = [[first, 8] for first in (1, 3, 5, 6, 10, 14)]
 
 
 @pytest.fixture(scope="module")
@@ -150,11 +150,11 @@ def test_a_budget_gives_the_local_engines_tokens(serve, toy_model, style, max_th
 
 
 @pytest.mark.parametrize("options", [
-    dict(), dict(max_new_tokens=7), dict(repeats=1), dict(max_new_tokens=30, repeats=1)])
+    dict(), dict(max_new_tokens=7), dict(repeats=1)])
 def test_plain_sampling_gives_the_local_engines_tokens(serve, toy_model, options):
-    server = serve(toy_model, 60)
-    remote, local = RemoteSampler(server.url, "served", 5), Sampler(toy_model, 5, 60)
-    assert remote.max_seq_len == 60
+    server = serve(toy_model, 40)
+    remote, local = RemoteSampler(server.url, "served", 5), Sampler(toy_model, 5, 40)
+    assert remote.max_seq_len == 40
     assert outcome(remote, **options) == outcome(local, **options)
     assert len(server.requests) == len(PROMPTS)
     assert outcome(remote, prompts=[]) == []
