@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 import data
 import sample
-from recipe import cli, countdown, grading, report, rows
+from recipe import cli, countdown, grading, remote, report, rows
 from recipe.report import Setting
 
 # ---- Budget ---------------------------------------------------------------------------------
@@ -82,7 +82,9 @@ class Budget:
         return [token]
 
     def remaining(self, sequence: sample.Sequence) -> tuple[float, str]:
-        """How many more tokens of thinking fit, and what ends the thinking after them."""
+        """How many more tokens of thinking, then of the answer, fit; and what ends the thinking."""
+        if (state := sequence.state) and state.ended:
+            return self.max_answer + state.sampled_start - len(sequence.tokens), ""
         budget = self.max_thinking if self.max_thinking >= 0 else math.inf
         context = self.max_seq_len - len(sequence.prompt) - self.closing_length
         limit, reason = (budget, "cut") if budget <= context else (context, "context")
@@ -232,8 +234,9 @@ def evaluate(sampler, chat: data.Chat, questions: list[dict], setting: Setting, 
     """One row per question: from `done` {hash of all it depends on: row}, else new in `file`."""
     method, params = METHODS[setting.method], sample.sampling_params(args)
     prompts, budget = prepare(chat, questions, setting, args, sampler.max_seq_len)
-    weights = [[path.name, path.stat().st_size, path.stat().st_mtime_ns]
-               for path in sorted(chat.directory.glob("*.safetensors"))]
+    weights = sampler.model if args.base_url else [      # a server's weights go by their name
+        [path.name, path.stat().st_size, path.stat().st_mtime_ns]
+        for path in sorted(chat.directory.glob("*.safetensors"))]
     common = {"model": label, **asdict(setting), "seed": args.seed}
     identity = [common, weights, chat.settings, sampler.max_seq_len, params, args.max_answer,
                 args.repeats, args.wait_text, report.graders(questions, grading.grader_name())]
@@ -257,8 +260,7 @@ def evaluate(sampler, chat: data.Chat, questions: list[dict], setting: Setting, 
 
 def watch(args) -> None:
     """Prints the answer to one question as the model generates it."""
-    model, chat = sample.load_model(args.model[0], args)
-    sampler = sample.Sampler(model, 1, args.max_seq_len)
+    sampler, chat = (remote if args.base_url else sample).load_sampler(args.model[0], args, 1)
     budget = Budget(chat, args.budgets[-1], args.num_waits[0], tuple(args.wait_text),
                     args.max_answer, args.repeats, sampler.max_seq_len)
     state = sample.stream(sampler, chat, chat.prompt(args.question), budget,
@@ -270,7 +272,8 @@ def watch(args) -> None:
 def compare(args) -> None:
     """Evaluates base and models; prints the tables and writes the directory --out."""
     requested, base_settings = requested_settings(args), [Setting("direct", 0), Setting("budget")]
-    names = [args.base] * (args.base not in ("", *args.model)) + list(dict.fromkeys(args.model))
+    engine, base = (remote, "") if args.base_url else (sample, args.base)
+    names = [base] * (base not in ("", *args.model)) + list(dict.fromkeys(args.model))
     labels = [Path(name).absolute().name for name in names]
     labels = labels if len(set(labels)) == len(names) else names
     questions = (rows.load_questions(args.questions, args.split, args.seed, True,
@@ -278,7 +281,7 @@ def compare(args) -> None:
                  countdown.questions(args.split or "test", args.n or 500, args.seed))
     settings = {name: requested if name in args.model else base_settings for name in names}
     for name in names:                          # what does not fit is an error now, not after hours
-        chat, max_seq_len = sample.load_chat(name, args)
+        chat, max_seq_len = engine.load_chat(name, args)
         for setting in settings[name]:
             prepare(chat, questions, setting, args, min(args.max_seq_len, max_seq_len))
     out, file, done = open_rows(args)
@@ -289,8 +292,7 @@ def compare(args) -> None:
           report.header(width), sep="\n", flush=True)
     results = []
     for name, label in zip(names, labels, strict=True):
-        model, chat = sample.load_model(name, args)
-        sampler = sample.Sampler(model, args.max_num_seqs, args.max_seq_len)
+        sampler, chat = engine.load_sampler(name, args, args.max_num_seqs)
         for setting in settings[name]:
             answers = evaluate(sampler, chat, questions, setting, args, label, file, done)
             results.append((report.measure(answers, label, setting, args.seed), answers))
@@ -333,6 +335,9 @@ def main() -> None:
     add("--n", type=positive, help="number of questions (default: Countdown 500, a file all)")
     add("--max-num-seqs", type=positive, default=64, help="sequences side by side")
     add("--max-seq-len", type=positive, help="of prompt and answer (default: 768; a file: all)")
+    add("--base-url", help="of a vLLM server that generates, such as http://localhost:8000/v1")
+    add("--served-model-name", help="the model's name there (default: as in --model)")
+    add("--allow-http", action="store_true", help="send the key, VLLM_API_KEY, unencrypted")
     add("--draw", nargs="+", metavar="RUNS", help="only table and curve of these runs.jsonl")
     sample.add_sampling_arguments(add)
     args = parser.parse_args()

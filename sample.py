@@ -33,7 +33,7 @@ class Sequence:
     queue: deque[int] = field(default_factory=deque)    # forced tokens that are still to come
     banned: set[int] = field(default_factory=set)       # tokens that may not be drawn next
     state: object = None                                # for the controller's own use
-    finish_reason: str | None = None                    # see Sampler.check_finished
+    finish_reason: str | None = None                    # see check_finished
     rng: random.Random | None = None                    # of its draws
     prefix: list = field(default_factory=list)          # see Sampler.prefill
     ngram_counts: Counter = field(default_factory=Counter)
@@ -59,6 +59,33 @@ class Sequence:
         ngram = hash(tuple(self.tokens[-n:]))
         self.ngram_counts[ngram] += len(self.tokens) >= n
         return self.ngram_counts[ngram] >= times > 0
+
+
+def make_sequences(prompts: list[list[int]], samples: int, seed: int,
+                   max_seq_len: int) -> deque[Sequence]:
+    """`samples` Sequences of each prompt; ValueError if a prompt does not fit."""
+    sequences = deque()
+    for index, prompt in enumerate(prompts):
+        if not 0 < len(prompt) < max_seq_len:
+            raise ValueError(f"a prompt of {len(prompt)} tokens does not fit: "
+                             f"1 to {max_seq_len - 1} are possible")
+        prefix = []
+        for sample in range(samples):
+            rng = random.Random(f"{seed} {prompt} {sample}")
+            sequences.append(Sequence(index, prompt, sample, rng=rng, prefix=prefix))
+    return sequences
+
+
+def check_finished(seq: Sequence, stop_ids: Container[int], max_new_tokens: int | None,
+                   max_seq_len: int, repeats: int) -> str | None:
+    """Why a sequence ends with its last token; None where it continues."""
+    if seq.tokens[-1] in stop_ids:
+        return "stop"
+    if len(seq.tokens) == max_new_tokens:
+        return "max_new_tokens"
+    if len(seq.prompt) + len(seq.tokens) == max_seq_len:
+        return "length"
+    return "repetition" if repeats and seq.is_repeating(repeats) else None
 
 
 MAX_PREFILL = 2 ** 13       # tokens of prompts in one forward pass, padding included
@@ -88,15 +115,8 @@ class Sampler:
         `repeats` ends a sequence in which 20 tokens occur that often. `sampling_params` are those
         of `probabilities`. Draws depend only on the seed, the prompt and the sample number.
         """
-        waiting, running = deque(), []          # running[slot]; the slots after them are free
-        for index, prompt in enumerate(prompts):
-            if not 0 < len(prompt) < self.max_seq_len:
-                raise ValueError(f"a prompt of {len(prompt)} tokens does not fit: "
-                                 f"1 to {self.max_seq_len - 1} are possible")
-            prefix = []
-            for sample in range(samples):
-                rng = random.Random(f"{seed} {prompt} {sample}")
-                waiting.append(Sequence(index, prompt, sample, rng=rng, prefix=prefix))
+        waiting = make_sequences(prompts, samples, seed, self.max_seq_len)
+        running = []                            # running[slot]; the slots after them are free
         longest = max(map(len, prompts), default=0)
         while waiting or running:
             logits = [self.decode(running)] if running else []
@@ -106,7 +126,8 @@ class Sampler:
             tokens = self.sample_tokens(torch.cat(logits), running, **sampling_params)
             for seq, token in zip(running, tokens, strict=True):
                 seq.append_token(token, controller)
-                seq.finish_reason = self.check_finished(seq, stop_ids, max_new_tokens, repeats)
+                seq.finish_reason = check_finished(
+                    seq, stop_ids, max_new_tokens, self.max_seq_len, repeats)
             yield from self.evict_finished(running)
 
     def decode(self, running) -> torch.Tensor:
@@ -154,16 +175,6 @@ class Sampler:
         sums = probabilities(logits, temperature, **filters).cumsum(-1, dtype=torch.float64)
         thresholds = torch.tensor(u, dtype=sums.dtype, device=sums.device)[:, None] * sums[:, -1:]
         return torch.searchsorted(sums, thresholds, right=True)[:, 0].tolist()
-
-    def check_finished(self, seq, stop_ids, max_new_tokens, repeats) -> str | None:
-        """Why the sequence ends with its last token; None where it continues."""
-        if seq.tokens[-1] in stop_ids:
-            return "stop"
-        if len(seq.tokens) == max_new_tokens:
-            return "max_new_tokens"
-        if len(seq.prompt) + len(seq.tokens) == self.max_seq_len:
-            return "length"
-        return "repetition" if repeats and seq.is_repeating(repeats) else None
 
     def evict_finished(self, running) -> list[Sequence]:
         """Removes and returns finished sequences; the last running one moves into each gap."""
@@ -251,6 +262,12 @@ def load_model(name: str, args) -> tuple[Transformer, data.Chat]:
     dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
     model = Transformer.load(directory, dtype, args.device)
     return model, data.Chat(directory, args.system, args.thinking)
+
+
+def load_sampler(name: str, args, max_num_seqs: int) -> tuple[Sampler, data.Chat]:
+    """A sampler of sequences of at most `args.max_seq_len` tokens, and the model's chat."""
+    model, chat = load_model(name, args)
+    return Sampler(model, max_num_seqs, args.max_seq_len), chat
 
 
 def main() -> None:

@@ -8,8 +8,11 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import safetensors
+
+LOOPBACK = ("localhost", "127.0.0.1", "::1")
 
 
 def resolve_model(name: str, weights: bool = True) -> str:
@@ -36,6 +39,17 @@ def default_dtype(device: str, config: dict) -> str:
     has_bf16 = device == "cpu" and (cpu.get("avx512_bf16") or cpu.get("amx_bf16"))
     is_stored = "bfloat16" in (config.get("dtype"), config.get("torch_dtype"))
     return "bfloat16" if device.startswith("cuda") or has_bf16 and is_stored else "float32"
+
+
+def check_url(base_url: str, allow_http: bool = False) -> str:
+    """Returns the base URL; ValueError if the key must not be sent there."""
+    url = base_url.rstrip("/").removesuffix("/chat/completions")
+    form = r"https?://([\w.-]+|\[::1\])(:\d+)?(/[\w.~%:/+-]*)?"
+    if not re.fullmatch(form, url, re.ASCII) or urlsplit(url).port == 0:
+        raise ValueError("--base-url is not of the form https://host:port/path")
+    if url.startswith("http:") and not allow_http and urlsplit(url).hostname not in LOOPBACK:
+        raise ValueError("--base-url: http sends key and questions unencrypted (--allow-http)")
+    return url
 
 
 @contextlib.contextmanager

@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
-from recipe.cli import ArgumentParser, at_least, exit_on_user_error
+from recipe.cli import LOOPBACK, ArgumentParser, at_least, check_url, exit_on_user_error
 from recipe.grading import grade
 from recipe.rows import (
     OPEN,
@@ -36,7 +36,6 @@ from recipe.rows import (
 )
 
 KEYS = ("TEACHER_API_KEY", "OPENAI_API_KEY")        # environment variables; the first one counts
-LOOPBACK = ("localhost", "127.0.0.1", "::1")
 FATAL = (301, 302, 303, 307, 308, 401, 402, 404)    # every other question would get it as well
 FINISH = {"stop": "stop", "eos": "stop", "eos_token": "stop", "end_turn": "stop",
           "length": "length", "max_tokens": "length", "none": None}
@@ -210,17 +209,6 @@ def prepare(args: argparse.Namespace) -> Run:
     longest = max(len(json.dumps(job)) for job in run.jobs.values())    # a token has a byte or more
     run.worst_case = run.dollars(longest, max_tokens)
     return run
-
-
-def check_url(base_url: str, allow_http: bool = False) -> str:
-    """Returns the base URL; ValueError if the key must not be sent there."""
-    url = base_url.rstrip("/").removesuffix("/chat/completions")
-    form = r"https?://([\w.-]+|\[::1\])(:\d+)?(/[\w.~%:/+-]*)?"
-    if not re.fullmatch(form, url, re.ASCII) or urlsplit(url).port == 0:
-        raise ValueError("--base-url is not of the form https://host:port/path")
-    if url.startswith("http:") and not allow_http and urlsplit(url).hostname not in LOOPBACK:
-        raise ValueError("--base-url: http sends key and questions unencrypted (--allow-http)")
-    return url
 
 
 def parse_reply(text: str) -> Any:

@@ -82,8 +82,9 @@ IMPORTS = {
               "recipe.checkpoint"},
     "sample": {"model", "data", "recipe.cli"},
     "budget_force": {"data", "sample", "recipe.cli", "recipe.countdown", "recipe.rows",
-                     "recipe.grading", "recipe.report"},
-    "recipe.cli": set(), "recipe.countdown": set(), "recipe.grading": set(), "recipe.report": set(),
+                     "recipe.grading", "recipe.report", "recipe.remote"},
+    "recipe.cli": set(), "recipe.remote": {"data", "sample", "recipe.cli"},
+    "recipe.countdown": set(), "recipe.grading": set(), "recipe.report": set(),
     "recipe.cost": set(), "recipe.checkpoint": set(), "recipe.rows": {"recipe.grading"},
     "recipe.teacher": {"recipe.cli", "recipe.rows", "recipe.grading"},
     "recipe.selection": {"recipe.cli", "recipe.rows", "recipe.grading"}}
