@@ -183,7 +183,7 @@ class Scripted:
 
 def scripted_row(chat, text, setting):
     args = SimpleNamespace(wait_text=["Wait"], max_answer=32, repeats=0, temperature=0, top_k=0,
-                           top_p=1, min_p=0, seed=0)
+                           top_p=1, min_p=0, seed=0, base_url=None)
     question = {"question": "q", "answer": {"numbers": [2, 3, 5], "target": 16}}
     row, = evaluate(Scripted(chat, text), chat, [question], setting, args, "m", io.BytesIO(), {})
     return row

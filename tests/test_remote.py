@@ -147,6 +147,7 @@ def test_a_budget_gives_the_local_engines_tokens(serve, toy_model, style, max_th
     if max_thinking >= 0:
         first = [body for body in server.requests if len(body["prompt"]) == 2]
         assert {body["max_tokens"] for body in first} == {max_thinking + 1}
+        assert all(body["max_tokens"] <= max(max_thinking, 4) + 1 for body in server.requests)
 
 
 @pytest.mark.parametrize("options", [
@@ -303,6 +304,18 @@ def test_what_the_server_lacks_is_said_at_once(evaluate, serve, models, message)
     code, printed, error = evaluate(server=server)
     assert code == 2 and message in error and not printed and not server.requests
     assert len(error.splitlines()) == 1 and not evaluate.out.exists()
+
+
+def test_an_error_comes_after_the_results_of_the_same_moment(serve, toy_model, monkeypatch):
+    async def sample_tokens(sampler, client, seq, *_):
+        if seq.index == 2:
+            raise ValueError("broken")
+        return [9]
+    monkeypatch.setattr(RemoteSampler, "sample_tokens", sample_tokens)
+    remote, found = RemoteSampler(serve(toy_model, 40).url, "served"), []
+    with pytest.raises(ValueError, match="broken"):
+        found.extend(seq.index for seq in remote.generate(PROMPTS, stop_ids={9}))
+    assert sorted(found) == [0, 1, 3, 4, 5]
 
 
 def test_no_server(evaluate, serve):
