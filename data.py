@@ -58,17 +58,17 @@ class Chat:
                  thinking: str | None = None):
         self.directory = Path(directory)
         self.tokenizer, self.plain_tokenizer, self.control_ids = load_tokenizer(self.directory)
-        template, special_tokens = load_template(self.directory, self.control_ids)
+        self.template, special_tokens = load_template(self.directory, self.control_ids)
         saved = read_object(self.directory / "chat.json")
         self.system = saved.get("system") if system is None else system
-        is_chatml = "<|im_start|>" in self.control_ids and "</think>" not in template
+        is_chatml = "<|im_start|>" in self.control_ids and "</think>" not in self.template
         style = thinking or saved.get("thinking") or ("s1" if is_chatml else "think")
         if style not in list(DELIMITERS) or not isinstance(self.system, str | None):
             raise ValueError(f"{self.directory}/chat.json: unknown thinking {style!r} or system "
                              f"prompt {self.system!r}")
         self.settings = {"thinking": style, "system": self.system}
         self.opening, self.closing = DELIMITERS[style]
-        self.prompt_text, self.end_text = self.render_template(template, special_tokens)
+        self.prompt_text, self.end_text = self.render_template(special_tokens)
         self.opening_ids = self.encode_template(self.opening)
         self.closing_ids = self.encode_template(self.closing)
 
@@ -89,7 +89,7 @@ class Chat:
         # s1's delimiters begin like a turn, which an answer must not.
         self.turn_ids = control & set(self.opening_ids[:1])
 
-    def render_template(self, template: str, special_tokens: dict) -> tuple[str, str]:
+    def render_template(self, special_tokens: dict) -> tuple[str, str]:
         """The text up to the assistant's turn and the text after it, by the rules of transformers,
         except that no date is given: a prompt is the same every day."""
         sandbox = jinja2.sandbox.ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
@@ -97,7 +97,7 @@ class Chat:
         messages += [{"role": "user", "content": GAP + QUESTION + GAP}]
         reply = {"role": "assistant", "content": ANSWER}
         try:
-            render = sandbox.from_string(template).render
+            render = sandbox.from_string(self.template).render
             head = render(messages=messages, add_generation_prompt=True, **special_tokens)
             turn = render(messages=[*messages, reply], **special_tokens)
         except Exception as error:              # a template can raise anything
@@ -152,10 +152,11 @@ class Chat:
         return prompt + reply, len(prompt)
 
     def save(self, directory: Path) -> None:
-        """Copy the files of tokenizer and template, and write the stop tokens and chat.json."""
-        for pattern in ("*token*.json", "vocab.json", "merges.txt", "chat_template.*"):
+        """Copy the tokenizer's files; write the template, the stop tokens and chat.json."""
+        for pattern in ("*token*.json", "vocab.json", "merges.txt"):
             for path in self.directory.glob(pattern):
                 shutil.copy(path, directory)
+        Path(directory, "chat_template.jinja").write_text(self.template, encoding="utf-8")
         generation = read_object(self.directory / "generation_config.json")
         generation["eos_token_id"] = sorted(self.stop_ids)
         for name, value in (("generation_config.json", generation), ("chat.json", self.settings)):

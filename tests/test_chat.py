@@ -167,13 +167,16 @@ def test_a_template_may_strip_what_it_is_given(copied, method, strip):
             "<|im_start|>assistant\n")
 
 
-def test_without_a_template_chatml_is_written(copied):
+def test_without_a_template_chatml_is_written(copied, tmp_path):
     directory = copied("qwen2")
     (directory / "chat_template.jinja").unlink()
     chat = Chat(directory)
     assert chat.decode(chat.prompt("hi")) == (
         "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n<|im_start|>think\n")
     assert chat.end_text == "<|im_end|>\n"
+    (tmp_path / "saved").mkdir()
+    chat.save(tmp_path / "saved")       # a server needs it to chat
+    assert (tmp_path / "saved" / "chat_template.jinja").read_text() == chat.template
     tokenizer = json.loads((directory / "tokenizer.json").read_text())
     (directory / "tokenizer.json").write_text(json.dumps({**tokenizer, "added_tokens": []}))
     with pytest.raises(ValueError, match="no chat template"):
