@@ -235,8 +235,8 @@ def evaluate(sampler, chat: data.Chat, questions: list[dict], setting: Setting, 
     method, params = METHODS[setting.method], sample.sampling_params(args)
     prompts, budget = prepare(chat, questions, setting, args, sampler.max_seq_len)
     weights = sampler.model if args.base_url else [      # a server's weights go by their name
-        [path.name, path.stat().st_size, path.stat().st_mtime_ns]
-        for path in sorted(chat.directory.glob("*.safetensors"))]
+        str(sampler.dtype), *([path.name, path.stat().st_size, path.stat().st_mtime_ns]
+                              for path in sorted(chat.directory.glob("*.safetensors")))]
     common = {"model": label, **asdict(setting), "seed": args.seed}
     identity = [common, weights, chat.settings, sampler.max_seq_len, params, args.max_answer,
                 args.repeats, args.wait_text, report.graders(questions, grading.grader_name())]

@@ -242,7 +242,7 @@ def add_sampling_arguments(add: Callable) -> None:
     add("--min-p", type=cli.at_least(0, float, 1), default=0.0, help="relative to the most likely")
     add("--repeats", type=cli.at_least(0), default=0, help="of 20 tokens, to stop; 0: off")
     add("--seed", type=int, default=0, help="of the draws, and of the order of options")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu, mps")
+    cli.add_device_arguments(add)
 
 
 def sampling_params(args) -> dict:
@@ -257,11 +257,11 @@ def load_chat(name: str, args) -> tuple[data.Chat, int]:
 
 
 def load_model(name: str, args) -> tuple[Transformer, data.Chat]:
-    """The model and chat of a directory or hub id, in bf16 on CUDA and float32 elsewhere."""
-    directory = cli.resolve_model(name)
-    dtype = torch.bfloat16 if args.device.startswith("cuda") else torch.float32
-    model = Transformer.load(directory, dtype, args.device)
-    return model, data.Chat(directory, args.system, args.thinking)
+    """The model, in --dtype on --device, and the chat of a directory or hub id."""
+    chat, _ = load_chat(name, args)
+    stored = read_config(chat.directory).extra
+    dtype = args.dtype or cli.default_dtype(args.device, stored)
+    return Transformer.load(chat.directory, getattr(torch, dtype), args.device), chat
 
 
 def load_sampler(name: str, args, max_num_seqs: int) -> tuple[Sampler, data.Chat]:

@@ -304,9 +304,7 @@ def main():
     add("--seed", type=int, default=0, help="of the examples, their order and random weights")
     add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
     add("--compile", action="store_true", help="torch.compile; takes minutes at the start")
-    add("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="cuda, cpu or mps")
-    add("--dtype", choices=("float32", "bfloat16"), help="to compute in (default: bfloat16 on "
-        "CUDA, and for a model stored in it on a CPU that has it)")
+    cli.add_device_arguments(add)
     add("--save-dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     add("--cost", action="store_true", help="print memory, time and price of the run, and stop")
     add("--devices", type=positive, default=1, help="for --cost: how many")

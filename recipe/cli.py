@@ -5,7 +5,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -30,6 +30,14 @@ def resolve_model(name: str, weights: bool = True) -> str:
                                                  allow_patterns=patterns)
     except Exception as error:                  # its HTTP library raises a dozen kinds
         raise ValueError(f"{name} is neither a directory nor on the hub: {error}") from None
+
+
+def add_device_arguments(add: Callable) -> None:
+    import torch
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    add("--device", default=device, help="cuda, cpu or mps")
+    add("--dtype", choices=("float32", "bfloat16"), help="to compute in (default: bfloat16 on "
+        "CUDA, and for a model stored in it on a CPU that has it)")
 
 
 def default_dtype(device: str, config: dict) -> str:

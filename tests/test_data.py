@@ -4,6 +4,7 @@ import json
 import random
 
 import pytest
+import torch
 from conftest import BASE
 
 import data
@@ -89,6 +90,18 @@ def test_the_order_is_a_function_of_seed_and_epoch():
     assert batches == list(epoch_batches(examples, 4, 0, 0))
     assert batches != list(epoch_batches(examples, 4, 0, 1))
     assert batches != list(epoch_batches(examples, 4, 1, 0))
+
+
+@pytest.mark.parametrize("device, capability, stored, expected", [
+    ("cuda:1", "", {}, "bfloat16"), ("mps", "amx_bf16", {"dtype": "bfloat16"}, "float32"),
+    ("cpu", "", {"dtype": "bfloat16"}, "float32"),
+    ("cpu", "avx512_bf16", {"dtype": "float32"}, "float32"),
+    ("cpu", "avx512_bf16", {"torch_dtype": "bfloat16"}, "bfloat16"),
+    ("cpu", "amx_bf16", {"dtype": "bfloat16"}, "bfloat16")])
+def test_bf16_where_the_device_and_the_model_have_it(monkeypatch, device, capability, stored,
+                                                      expected):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {capability: True}, raising=False)
+    assert cli.default_dtype(device, stored) == expected
 
 
 def test_escape_leaves_no_control_character():

@@ -10,6 +10,7 @@ import time
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import BASE
 
 import budget_force
@@ -164,7 +165,7 @@ def test_is_correct():
 
 class Scripted:
     """A sampler whose model writes a text, control tokens by name."""
-    max_seq_len = 999
+    max_seq_len, dtype = 999, torch.float32
 
     def __init__(self, chat, text):
         self.chat, self.text = chat, text
@@ -244,8 +245,8 @@ def test_a_finished_evaluation_prints_its_table_again(run, model, asked):
 
 @pytest.mark.parametrize("change", [
     ("--seed", 1), ("--max-answer", 20), ("--max-seq-len", 290), ("--wait-text", "Hmm"),
-    ("--temperature", 0.5), ("--repeats", 3), ("--system", "Be brief."), ("--thinking", "think"),
-    "weights", "reference"])
+    ("--temperature", 0.5), ("--repeats", 3), ("--dtype", "bfloat16"),
+    ("--system", "Be brief."), ("--thinking", "think"), "weights", "reference"])
 def test_a_row_is_kept_for_the_same_request_only(run, model, asked, questions, change):
     command = ["budget_force", "--model", model, "--base=", "--questions", questions, "--budgets",
                4, "--num-waits", 0, "--max-seq-len", 300, "--max-answer", 32]

@@ -93,4 +93,5 @@ MUTANTS = [
      "    for name in names:                          # what does not", "    for name in []:  # what does not"),
     ("a budget that does not fit is found late", FILE, EVALUATION,
      "        for setting in settings[name]:\n            prepare(", "        for setting in []:\n            prepare("),
+    ("rows of another dtype", FILE, EVALUATION, "        str(sampler.dtype), *([", "        *(["),
 ]

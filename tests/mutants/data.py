@@ -48,4 +48,6 @@ MUTANTS = [
     ("the newline before the delimiter is a token of its own", "data.py", CHAT,
      '            closed = self.encode_template(f"{QUESTION}\\n{self.closing}", thinking.strip())',
      '            closed = self.encode(thinking.strip()) + self.encode_template("\\n" + self.closing)'),
+    ("bf16 on any CPU", "recipe/cli.py", DATA, "or has_bf16 and is_stored", "or is_stored"),
+    ("bf16 for float32 weights", "recipe/cli.py", DATA, "or has_bf16 and is_stored", "or has_bf16"),
 ]
