@@ -84,6 +84,8 @@ def train(args):
 
     source = cli.resolve_model(args.model)
     chat, config = data.Chat(source, args.system, args.thinking), read_config(source)
+    if args.tokens_per_batch is None:           # hidden states of 4 MB stay in a CPU's caches
+        args.tokens_per_batch = 2**20 // config.hidden_size if device.type == "cpu" else 8192
     examples = load_examples(args, chat, config)
     held_out = load_examples(args, chat, config, held_out=True) if args.val else []
     prompts = {tuple(ids[:n]) for ids, n in examples if n > 1}      # n is 1 in pre-training
@@ -265,9 +267,10 @@ def print_cost(args) -> None:
     sizes = [sum(p.numel() for p in part.parameters()) for part in (model, model.model.layers[0])]
     epoch = list(data.epoch_batches(examples, args.batch_size, args.seed, 0))
     num_steps = min(args.epochs * len(epoch), args.max_steps or math.inf)
+    args.tokens_per_batch = args.tokens_per_batch or 8192
     row_lengths = [[data.count_tokens(row) for row in data.pack_sequences(
         batch, args.tokens_per_batch, args.devices)] for batch in epoch]
-    args.tokens_per_batch = max(args.tokens_per_batch, *map(max, row_lengths))
+    args.tokens_per_batch = max(args.tokens_per_batch, max(map(max, row_lengths)))
     cost.print_memory(args, config, *sizes)
     cost.print_time(args, config, num_steps, [len(ids) for ids, _ in examples],
                     sum(len(ids) - prompt_length for ids, prompt_length in examples), row_lengths)
@@ -296,7 +299,7 @@ def main():
     add("--batch-size", type=positive, default=16, help="sequences per step, over all processes")
     add("--max-seq-len", type=positive, help="drop longer examples (default: the model's context)")
     add("--tokens-per-batch", type=positive, help="length of a packed row; a longer example gets "
-        "its own (default: 8192, on a CPU 2048)")
+        "its own (default: 8192; on a CPU 4 MB of hidden states)")
     add("--lr", type=at_least(0, float), default=2e-3, help="peak learning rate (s1, 32B: 1e-5)")
     add("--warmup", type=share, default=0.05, help="share of the steps with a rising rate")
     add("--weight-decay", type=at_least(0, float), default=1e-4, help="weight decay of matrices")
@@ -313,8 +316,6 @@ def main():
     add("--mfu", type=at_least(0.001, float, 1), default=0.4, help="for --cost: share of the peak")
     add("--usd-per-hour", type=at_least(0, float), help="price of a device")
     args = parser.parse_args()
-    # A longer row falls out of a CPU's caches.
-    args.tokens_per_batch = args.tokens_per_batch or (2048 if args.device == "cpu" else 8192)
     if args.val_n and not args.val:
         parser.error("--val-n needs --val")
     with cli.exit_on_user_error(args.debug):

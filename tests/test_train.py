@@ -487,7 +487,7 @@ def test_every_step_is_a_line_and_a_row_and_totals_are_printed(run, tiny, tmp_pa
     spent, tokens = (sum(row[key] for row in table) for key in ("seconds", "tokens"))
     assert f"{2 * spent:.2f} dollars" in printed
     assert f"{sum(row['flops'] for row in table):.3g} FLOPs" in printed
-    assert f"rows {100 * tokens / (6 * 2048):.1f}% full" in printed     # each step fits into a row
+    assert f"rows {100 * tokens / (6 * 2**15):.1f}% full" in printed    # each step fits into a row
     assert f"6 steps, {tokens:,} tokens" in printed
 
 
@@ -688,7 +688,7 @@ def test_a_run_that_differs_is_not_resumed(run, tiny, tmp_path, monkeypatch):
     shard = tmp_path / "a.steps" / "00000002" / "rank-00000.safetensors"
     before = shard.read_bytes()
     for change, message in ((("--lr", 1e-4), "lr was 0.002, is 0.0001"),
-                            (("--tokens-per-batch", 512), "tokens_per_batch was 2048, is 512"),
+                            (("--tokens-per-batch", 512), "tokens_per_batch was 32768, is 512"),
                             (("--seed", 1), "seed was 0, is 1"), (("--n", 11), "data was")):
         code, _, error = run("train", *command(tiny, tmp_path / "a", "--resume", *change))
         assert code == 2 and message in error and error.count("\n") == 1, error

@@ -120,4 +120,6 @@ MUTANTS = [
      "    if False:\n"),
     ("a full disk shows a traceback", "recipe/checkpoint.py", TRAIN,
      "        raise OSError(", "        raise RuntimeError("),
+    ("a CPU's row is as long as a GPU's", "train.py", TRAIN,
+     "2**20 // config.hidden_size if device", "8192 if device"),
 ]
