@@ -113,6 +113,16 @@ def test_every_program_is_documented_with_a_command():
                         "recipe.selection", "recipe.countdown", "tests/bench.py"}
 
 
+def test_the_benchmarks_run():
+    """In sizes that measure nothing, so that they work when a GPU is at hand."""
+    command = [sys.executable, ROOT / "tests" / "bench.py", "loss", "train", "decode", "--tiny",
+               "--rounds", "1", "--dtype", "float32"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for row in ("| ours, float32 ", "| batch 32, equal ", "| two Waits ", "| ours "):
+        assert row in done.stdout
+
+
 def test_ci_runs_the_commands_of_the_readme_in_their_order():
     """The first two blocks of README.md are the main job and the tests."""
     main_job, tests, *_ = blocks(PAGES["README.md"], "bash")
