@@ -69,9 +69,13 @@ def exit_on_user_error(debug: bool = False) -> Iterator[None]:
         sys.exit(130)
     except BrokenPipeError:                     # the reader of `python data.py show | head` is gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (ValueError, OSError, ImportError, safetensors.SafetensorError) as error:
-        if debug:
+    except (ValueError, OSError, ImportError, RuntimeError, safetensors.SafetensorError) as error:
+        out_of_memory = type(error).__name__ == "OutOfMemoryError"      # torch's, a RuntimeError
+        if debug or isinstance(error, RuntimeError) and not out_of_memory:
             raise
+        if out_of_memory:
+            error = ("out of memory: a smaller --tokens-per-batch, --gradient-checkpointing, a "
+                     "smaller --max-num-seqs or --max-seq-len needs less")
         print("error:", " ".join(escape(str(error)).split()), file=sys.stderr)
         sys.exit(2)
 

@@ -494,12 +494,15 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="+", choices=("loss", "train", "decode", "cost"))
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default=DEVICE)
     parser.add_argument("--tiny", action="store_true", help="sizes that only test this program")
     parser.add_argument("--device-tflops", type=float, help="peak of the device, for MFU")
     parser.add_argument("--model", help="directory of a real model, for train and decode")
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"),
                         default=["bfloat16"] if CUDA else ["float32", "bfloat16"])
     args = parser.parse_args()
+    if args.device != DEVICE:
+        parser.error(f"the device of this machine is {DEVICE}")
     if "cost" in args.what:
         print_costs()
     if args.what != ["cost"]:

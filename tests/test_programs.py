@@ -7,7 +7,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from conftest import ROOT, tiny_model
+
+from recipe import cli
 
 PROGRAMS = ("train", "sample", "budget_force", "data", "recipe.countdown", "recipe.selection",
             "recipe.teacher")
@@ -71,6 +74,14 @@ def test_bad_input_gets_one_line_and_exit_code_2(run, tiny, tmp_path, command, m
 def test_debug_shows_the_traceback(run, tmp_path):
     with pytest.raises(FileNotFoundError):
         run("data", "show", tmp_path / "none.jsonl", "--debug")
+
+
+def test_out_of_memory_is_one_line_that_helps(capsys):
+    with pytest.raises(SystemExit) as stop, cli.exit_on_user_error():
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate")
+    assert stop.value.code == 2 and "smaller --max-num-seqs" in capsys.readouterr().err
+    with pytest.raises(RuntimeError, match="shapes"), cli.exit_on_user_error():
+        raise RuntimeError("shapes")            # a fault of the program
 
 
 # ---- The layout -----------------------------------------------------------------------------
