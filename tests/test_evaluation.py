@@ -322,33 +322,6 @@ def test_two_evaluations_do_not_write_to_one_file(run, model):
 # ---- Bad input ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command, message", [
-    ("--model {tiny} {tmp}/none --base= --n 4", "none"),
-    ("--model {tmp}/none --base= --n 4", "none"),
-    ("--model {tiny} --base {tmp}/none --n 4", "none"),
-    ("q --model {tiny} --wait-text=", "Wait without text"),
-    ("--model {tiny} --budgets -2 --n 4", "--budgets"),
-    ("--model {tiny} --num-waits -1 --n 4", "--num-waits"),
-    ("--model {tiny} --n 99999", "99999"),
-    ("{long} --model {tiny} --max-seq-len 64", "does not fit"),
-    ("--model {tiny} --base= --n 2 --method majority", "--temperature above 0"),
-    ("--model {tiny} --base= --method tokens --budgets -1", "--budgets above 0"),
-    ("--draw {tmp}/question", "not a runs.jsonl"), ("--draw {tmp}/words", "not a runs.jsonl"),
-    ("--draw {tmp}/endless", "not a runs.jsonl")])
-def test_bad_input_is_one_line_and_exit_code_2(run, tiny, tmp_path, command, message):
-    a_run = {"model": "m", "method": "budget", "max_thinking": 4, "num_waits": 0,
-             "thinking_tokens": 4, "accuracy": 1.0, "low": 0.9, "high": 1.0}
-    (tmp_path / "question").write_text('{"question": "q", "thinking": "t"}')
-    (tmp_path / "words").write_text(json.dumps(a_run | {"thinking_tokens": "x"}))
-    (tmp_path / "endless").write_text(json.dumps(a_run).replace("1.0", "1e999"))
-    before = sorted(tmp_path.rglob("*")) + sorted(tiny.rglob("*"))
-    words = [word.format(tmp=tmp_path, tiny=tiny, long="word " * 200) for word in command.split()]
-    code, _, error = run("budget_force", *words)
-    assert code == 2 and message in error
-    assert len(error.splitlines()) == 1 and error.startswith("error:")
-    assert sorted(tmp_path.rglob("*")) + sorted(tiny.rglob("*")) == before
-
-
 def test_a_budget_that_does_not_fit_is_refused(run, model, questions):
     """Not cut at --max-seq-len in silence. A file's default is the model's context."""
     flags = ("budget_force", "--model", model, "--base=", "--n", 2, "--num-waits", 0)

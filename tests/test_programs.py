@@ -40,6 +40,7 @@ def test_a_closed_pipe_is_no_error():
     ("sample q --model {tiny} --top-p 0", "--top-p"),
     ("sample q --model {small}", "1347 tokens, and the model has 64"),
     ("budget_force --model {tiny} {tmp} --base= --n 4", "tokenizer.json"),
+    ("budget_force --model {tiny} --base {tmp}/none --n 4", "none"),
     ("budget_force q --model {tiny} --wait-text=", "Wait without text"),
     ("budget_force --model {tiny} --budgets -2 --n 4", "-2 is no number from -1"),
     ("budget_force --model {tiny} --num-waits -1 --n 4", "-1 is no number from 0"),
