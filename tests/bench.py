@@ -12,6 +12,7 @@ implementation runs once, so that a slow moment of the machine affects all of th
 ratios, not the milliseconds.
 """
 import argparse
+import asyncio
 import contextlib
 import gc
 import platform
@@ -390,15 +391,29 @@ def transformers_decode(model, prompts, lengths, batch_size):
     return run
 
 
-def bench_decode(rounds, source, dtypes):
+def vllm_decode(base_url, prompts, lengths):
+    """All prompts at once on a vLLM server that serves the same model."""
+    import openai
+
+    async def ask():
+        async with openai.AsyncOpenAI(base_url=base_url, api_key="none", timeout=3600) as client:
+            model = (await client.models.list()).data[0].id
+            await asyncio.gather(*(
+                client.completions.create(model=model, prompt=prompt, max_tokens=n, temperature=0,
+                                          extra_body={"ignore_eos": True})
+                for prompt, n in zip(prompts, lengths, strict=True)))
+    return lambda: asyncio.run(ask())
+
+
+def bench_decode(rounds, source, dtypes, base_url):
     with tempfile.TemporaryDirectory() as directory:
         if not source:
             Transformer(list(model_shapes().values())[-1][0]).init_weights(0).save(directory)
         for dtype in dtypes:
-            bench_decode_in(rounds, source or directory, getattr(torch, dtype))
+            bench_decode_in(rounds, source or directory, getattr(torch, dtype), base_url)
 
 
-def bench_decode_in(rounds, source, dtype):
+def bench_decode_in(rounds, source, dtype, base_url):
     model, other = Transformer.load(source, dtype, DEVICE), None
     with contextlib.suppress(ImportError):
         other = load_transformers_model(source, dtype).eval()
@@ -409,6 +424,8 @@ def bench_decode_in(rounds, source, dtype):
         functions = {"ours": our_decode(model, prompts, lengths, 32)}
         if other:
             functions["generate"] = transformers_decode(other, prompts, lengths, 32)
+        if base_url:
+            functions["vLLM"] = vllm_decode(base_url, prompts, lengths)
         seconds = median_seconds(functions, rounds)
         baseline = seconds.get("generate", seconds["ours"])
         lines += [[job, name, f"{sum(lengths) / s:,.0f}", f"{baseline / s:.2f}"]
@@ -498,6 +515,7 @@ def main():
     parser.add_argument("--tiny", action="store_true", help="sizes that only test this program")
     parser.add_argument("--device-tflops", type=float, help="peak of the device, for MFU")
     parser.add_argument("--model", help="directory of a real model, for train and decode")
+    parser.add_argument("--base-url", help="of a vLLM server with the same model, for decode")
     parser.add_argument("--dtype", nargs="+", choices=("float32", "bfloat16"),
                         default=["bfloat16"] if CUDA else ["float32", "bfloat16"])
     args = parser.parse_args()
@@ -512,7 +530,7 @@ def main():
     if "train" in args.what:
         bench_train(args.rounds, args.device_tflops, args.model, args.dtype)
     if "decode" in args.what:
-        bench_decode(args.rounds, args.model, args.dtype)
+        bench_decode(args.rounds, args.model, args.dtype, args.base_url)
 
 
 if __name__ == "__main__":
