@@ -294,6 +294,7 @@ def draw(runs, path) -> None:
         elif not run.get("base"):
             method = "" if run["method"] == "budget" else f", {run['method']}"
             lines[run["model"] + method].append(run)
+    num_waited = sum(any(run["num_waits"] for run in group) for group in lines.values())
     for number, (label, group) in enumerate(lines.items()):
         style = {"color": COLOURS[number % 7], "capsize": 3}
         waits = [run for run in group if run["num_waits"]]
@@ -302,12 +303,13 @@ def draw(runs, path) -> None:
         plot_runs(axes, budgets, label=label, marker="o", **style)
         plot_runs(axes, waits, marker="^", linestyle="", **style)
         plot_runs(axes, unlimited if waits else [], linestyle=":", **style)
-        for run in waits:
+        for run in waits if num_waited == 1 else ():        # the labels of several overlap
             text = "1 Wait" if run["num_waits"] == 1 else f"{run['num_waits']} Waits"
             axes.annotate(text, (run["thinking_tokens"], 100 * run["accuracy"]), (0, -18),
                           ha="center", textcoords="offset points")
-    axes.set(xlabel="thinking tokens, mean of the answers", ylabel="right answers, %",
-             xlim=(0, None), ylim=(0, 103))     # so that a marker at 100% is seen whole
+    axes.set(xlabel="thinking tokens, mean of the answers", ylabel="right answers, %")
+    if any(run["max_thinking"] >= 0 for run in runs):
+        axes.set(xlim=(0, None), ylim=(0, 103))     # so that a marker at 100% is seen whole
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right", frameon=False)

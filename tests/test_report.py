@@ -188,6 +188,10 @@ def test_the_figure_shows_every_model_and_method(tmp_path):
     pytest.importorskip("matplotlib")
     from matplotlib.figure import Figure
     axes, save = [], Figure.savefig
+    limits = [a_run(16, 0.4)[0], a_run(32, 0.6)[0]]
+    waits = [a_run(60, 0.9, num_waits=1)[0], a_run(70, 0.9, num_waits=2)[0]]
+    free = [a_run(55, 0.8)[0], *waits]
+    others = [run | {"model": "other"} for run in free]
 
     def savefig(figure, path, **options):
         axes.extend(figure.axes)
@@ -195,14 +199,18 @@ def test_the_figure_shows_every_model_and_method(tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Figure, "savefig", savefig)
         report.draw([a_run(0, 0.2, method="direct", base=True)[0],
-                     a_run(900, 0, model="base", base=True)[0], a_run(16, 0.4)[0],
-                     a_run(32, 0.6)[0], a_run(60, 0.9, num_waits=1)[0],
-                     a_run(70, 0.9, num_waits=2)[0], a_run(9, 0.3, model="other")[0],
-                     a_run(9, 0.3, method="tokens")[0]], tmp_path / "curve.png")
+                     a_run(900, 0, model="base", base=True)[0], *limits, *waits,
+                     a_run(9, 0.3, model="other")[0], a_run(9, 0.3, method="tokens")[0]],
+                    tmp_path / "curve.png")
+        unlimited = [run | {"max_thinking": -1} for run in free + others]
+        report.draw(unlimited, tmp_path / "waits.png")
     assert sorted(axes[0].get_legend_handles_labels()[1]) == ["m", "m, tokens", "other"]
     assert [text.get_text() for text in axes[0].texts] == ["m, no thinking", "1 Wait", "2 Waits"]
     assert axes[0].get_xlim()[1] < 100          # the base's thinking is left out
+    assert axes[0].get_xlim()[0] == axes[0].get_ylim()[0] == 0
     assert (tmp_path / "curve.png").stat().st_size > 5000
+    # Without limits on the thinking the axes zoom in, and the labels of two models would overlap.
+    assert axes[1].get_xlim()[0] > 50 and axes[1].get_ylim()[0] > 50 and not axes[1].texts
 
 
 # ---- The page -------------------------------------------------------------------------------

@@ -54,7 +54,10 @@ MUTANTS = [
      '<link href="https://fonts.example/charter.css" rel="stylesheet"><style>'),
     ("the figure shows the base's thinking", FILE, REPORT,
      'elif not run.get("base"):', "else:"),
-    ("the figure does not name the Waits", FILE, REPORT, "        for run in waits:",
-     "        for run in []:"),
+    ("the figure does not name the Waits", FILE, REPORT, "for run in waits if num_waited == 1",
+     "for run in [] if num_waited == 1"),
+    ("the names of several models' Waits overlap", FILE, REPORT, "if num_waited == 1 else", "if True else"),
+    ("the figure never zooms in", FILE, REPORT,
+     '    if any(run["max_thinking"] >= 0 for run in runs):', "    if True:"),
     ("without matplotlib no table", FILE, REPORT, "    except ImportError:", "    except KeyError:"),
 ]
