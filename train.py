@@ -276,6 +276,15 @@ def print_cost(args) -> None:
                     sum(len(ids) - prompt_length for ids, prompt_length in examples), row_lengths)
 
 
+def add_cost_arguments(add):
+    add("--cost", action="store_true", help="print memory, time and price of the run, and stop")
+    add("--devices", type=cli.at_least(1), default=1, help="for --cost: how many")
+    add("--device-tflops", type=cli.at_least(1e-6, float), help="peak of a device (MFU, --cost)")
+    add("--device-memory-gb", type=cli.at_least(0, float), default=80, help="for --cost")
+    add("--mfu", type=cli.at_least(0.001, float, 1), default=0.4, help="--cost: share of the peak")
+    add("--usd-per-hour", type=cli.at_least(0, float), help="price of a device")
+
+
 def main():
     parser = cli.ArgumentParser(description=__doc__.split("\n")[0])
     add, at_least = parser.add_argument, cli.at_least
@@ -309,12 +318,7 @@ def main():
     add("--compile", action="store_true", help="torch.compile; takes minutes at the start")
     cli.add_device_arguments(add)
     add("--save-dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
-    add("--cost", action="store_true", help="print memory, time and price of the run, and stop")
-    add("--devices", type=positive, default=1, help="for --cost: how many")
-    add("--device-tflops", type=at_least(1e-6, float), help="a device's peak, for MFU and --cost")
-    add("--device-memory-gb", type=at_least(0, float), default=80, help="for --cost")
-    add("--mfu", type=at_least(0.001, float, 1), default=0.4, help="for --cost: share of the peak")
-    add("--usd-per-hour", type=at_least(0, float), help="price of a device")
+    add_cost_arguments(add)
     args = parser.parse_args()
     if args.val_n and not args.val:
         parser.error("--val-n needs --val")

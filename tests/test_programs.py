@@ -36,7 +36,7 @@ def test_a_closed_pipe_is_no_error():
 @pytest.mark.parametrize("command, message", [
     ("train --model {tmp} --out {tmp}/out", "tokenizer.json"),
     ("train --nonsense", "unrecognized arguments"),
-    ("sample q --model {tmp}", "config.json"),
+    ("sample q --model {tmp}", "tokenizer.json"),
     ("sample q --model {tiny} --top-p 0", "--top-p"),
     ("sample q --model {small}", "1347 tokens, and the model has 64"),
     ("budget_force --model {tiny} {tmp} --base= --n 4", "tokenizer.json"),
