@@ -413,7 +413,7 @@ def test_streaming_escapes_control_characters(chat, capsys):
 
 
 @pytest.mark.parametrize("command, message", [
-    ("sample q --model {tmp}/none", "config.json"), ("sample q --top-p 0", "--top-p"),
+    ("sample q --model {tmp}/none", "tokenizer.json"), ("sample q --top-p 0", "--top-p"),
     ("sample", "arguments are required: question"),
     ("sample {long} --model {short}", "does not fit: 1 to 63")])
 def test_bad_input_gets_one_line_and_exit_code_2(run, tiny, tmp_path, command, message):
