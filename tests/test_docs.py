@@ -38,9 +38,8 @@ def split_shell(script):
     """The simple commands of a shell script, each a list of words; a loop's body once, with the
     first value of its variable."""
     script = script.replace("\\\n", " ")
-    for name, value in re.findall(r"^for (\w+) in (\S+)", script, re.M):
-        script = re.sub(rf"^(for {name} in .*)", lambda line, n=name, v=value: re.sub(
-            rf"\${n}\b", v, line[0]), script, count=1, flags=re.M)
+    script = re.sub(r"^for (\w+) in (\S+).*", lambda loop: re.sub(
+        rf"\${loop[1]}\b", loop[2], loop[0]), script, flags=re.M)
     commands = [[]]
     for line in script.splitlines():
         words = shlex.shlex(line, posix=True, punctuation_chars=True)
