@@ -41,7 +41,7 @@ class Budget:
     not count. The answer has its own budget, `max_answer`.
 
     A Budget is a `controller`: called with a sequence and the token just sampled, it returns the
-    tokens to append instead. It sees token ids only, never the model.
+    tokens to append instead. It sees tokens, never the model.
     """
     chat: data.Chat                     # delimiters and stop tokens
     max_thinking: int = -1              # tokens; 0 answers at once, -1 is no limit
@@ -82,14 +82,18 @@ class Budget:
         return [token]
 
     def remaining(self, sequence: sample.Sequence) -> tuple[float, str]:
-        """How many more tokens of thinking, then of the answer, fit; and what ends the thinking."""
-        if (state := sequence.state) and state.ended:
-            return self.max_answer + state.sampled_start - len(sequence.tokens), ""
+        """How many more tokens of thinking fit, and what ends the thinking after them."""
         budget = self.max_thinking if self.max_thinking >= 0 else math.inf
         context = self.max_seq_len - len(sequence.prompt) - self.closing_length
         limit, reason = (budget, "cut") if budget <= context else (context, "context")
         # All tokens so far are thinking: sampled before and after each "Wait", and the Waits.
         return limit - len(sequence.tokens), reason
+
+    def max_new_tokens(self, sequence: sample.Sequence) -> float:
+        """How many tokens can be sampled before the thinking, or then the answer, is full."""
+        if (state := sequence.state) and state.ended:
+            return self.max_answer + state.sampled_start - len(sequence.tokens)
+        return self.remaining(sequence)[0]
 
     @property
     def closing_length(self) -> int:
@@ -106,15 +110,14 @@ class Budget:
             return [], []
         if not (closing := self.chat.closing_text):
             return None
-        decode, encode = self.chat.decode, self.chat.encode
-        tail = [*sequence.tokens, token][-len(closing):]        # each token is a character or more
-        if closing not in decode(tail):
+        tail = [*sequence.tokens[1 - len(closing):], token]     # each token is a character or more
+        if closing not in self.chat.decode(tail):
             return None
-        while closing in decode(tail[1:]):
+        while closing in self.chat.decode(tail[1:]):
             tail.pop(0)
         sequence.rollback(len(tail) - 1)
-        before, _, after = decode(tail).partition(closing)
-        return encode(before), encode(after.lstrip())
+        before, _, after = self.chat.decode(tail).partition(closing)
+        return self.chat.encode(before), self.chat.encode(after.lstrip())
 
     def close(self, sequence: sample.Sequence, reason: str, thinking: list, closing: list,
               answer: list) -> list[int]:
@@ -127,7 +130,7 @@ class Budget:
 
     def continue_answer(self, sequence: sample.Sequence, token: int) -> list[int]:
         """Ends the answer when its budget is spent, or when it would begin another turn."""
-        is_full = len(sequence.tokens) - sequence.state.sampled_start >= self.max_answer
+        is_full = self.max_new_tokens(sequence) <= 0
         is_over = token not in self.chat.stop_ids and (is_full or token in self.chat.turn_ids)
         return [self.chat.end_id] if is_over else [token]
 

@@ -62,8 +62,8 @@ class RemoteSampler:
         """One token or more by the server, up to a stop or to what the controller may change."""
         limit, stops, stop = max_new_tokens or self.max_seq_len, set(stop_ids), None
         limit = min(limit, self.max_seq_len - len(seq.prompt)) - len(seq.tokens)
-        if hasattr(controller, "remaining"):        # a Budget
-            limit = max(1, min(limit, controller.remaining(seq)[0] + 1))
+        if hasattr(controller, "max_new_tokens"):   # a Budget
+            limit = max(1, min(limit, controller.max_new_tokens(seq) + 1))
             stops |= controller.chat.end_ids
             stop = controller.chat.closing_text or None
         body = {"model": self.model, "prompt": seq.prompt + seq.tokens, "return_token_ids": True,

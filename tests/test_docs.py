@@ -326,6 +326,9 @@ for token in chat.encode("1+2=3 ok\\n4"):
     sequence.tokens += controller(sequence, token)
 assert sequence.state.ended == "sure", sequence
 assert chat.decode(sequence.tokens).startswith("1+2=3 ok\\n<|im_start|>answer"), sequence
+for token in chat.encode("1 ok\\n2"):            # in the answer it ends nothing
+    sequence.tokens += controller(sequence, token)
+assert chat.decode(sequence.tokens).endswith("1 ok\\n2"), sequence
 """
     apply(0)("--model", tiny, "--base=", "--n", 2, "--num-waits", 0, "--max-seq-len", 400, "--out",
              "eval", checks=checks)
