@@ -58,6 +58,8 @@ class Chat:
                  thinking: str | None = None):
         self.directory = Path(directory)
         self.tokenizer, self.plain_tokenizer, self.control_ids = load_tokenizer(self.directory)
+        controls = sorted(self.control_ids, key=len, reverse=True)
+        self.control_pattern = re.compile(f"({'|'.join(map(re.escape, controls))})")
         self.template, special_tokens = load_template(self.directory, self.control_ids)
         saved = read_object(self.directory / "chat.json")
         self.system = saved.get("system") if system is None else system
@@ -116,9 +118,8 @@ class Chat:
             value = value if place[1] else value.lstrip()
             return value if place[3] else value.rstrip()
 
-        controls = "|".join(map(re.escape, sorted(self.control_ids, key=len, reverse=True)))
         ids = []
-        for part in re.split(f"({controls})", text):
+        for part in self.control_pattern.split(text):
             filled = re.sub(f"({GAP}?)([{SYSTEM}{QUESTION}])({GAP}?)", fill, part)
             ids += [self.control_ids[part]] if part in self.control_ids else self.encode(filled)
         return ids
