@@ -96,7 +96,8 @@ def train(args):
     num_steps = min(len(batches), args.max_steps or len(batches))
 
     # The weights are float32. Autocast casts them to bf16 where they are multiplied.
-    autocast = (args.dtype or cli.default_dtype(args.device, config.extra)) == "bfloat16"
+    args.dtype = args.dtype or cli.default_dtype(args.device, config.extra)
+    autocast = args.dtype == "bfloat16"
     model = load_model(args, source, device, world_size, autocast)
     matrices = [p for p in model.parameters() if p.dim() >= 2]
     vectors = [p for p in model.parameters() if p.dim() < 2]        # norms and biases
@@ -307,8 +308,7 @@ def main():
     add("--max-steps", type=positive, help="stop after this many optimizer steps")
     add("--batch-size", type=positive, default=16, help="sequences per step, over all processes")
     add("--max-seq-len", type=positive, help="drop longer examples (default: the model's context)")
-    add("--tokens-per-batch", type=positive, help="length of a packed row; a longer example gets "
-        "its own (default: 8192; on a CPU 4 MB of hidden states)")
+    add("--tokens-per-batch", type=positive, help="length of a row (default: 8192; on a CPU less)")
     add("--lr", type=at_least(0, float), default=2e-3, help="peak learning rate (s1, 32B: 1e-5)")
     add("--warmup", type=share, default=0.05, help="share of the steps with a rising rate")
     add("--weight-decay", type=at_least(0, float), default=1e-4, help="weight decay of matrices")

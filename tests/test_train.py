@@ -692,6 +692,11 @@ def test_a_run_that_differs_is_not_resumed(run, tiny, tmp_path, monkeypatch):
                             (("--seed", 1), "seed was 0, is 1"), (("--n", 11), "data was")):
         code, _, error = run("train", *command(tiny, tmp_path / "a", "--resume", *change))
         assert code == 2 and message in error and error.count("\n") == 1, error
+    # Another machine, whose default is another dtype.
+    with monkeypatch.context() as patch:
+        patch.setattr(train.cli, "default_dtype", lambda *_: "bfloat16")
+        code, _, error = run("train", *command(tiny, tmp_path / "a", "--resume"))
+    assert code == 2 and "dtype was float32, is bfloat16" in error
     assert shard.read_bytes() == before
     code, _, error = run("train", *command(tiny, tmp_path / "b", "--resume"))
     assert code == 2 and "no checkpoint" in error
