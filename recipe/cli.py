@@ -102,7 +102,8 @@ def at_least(minimum: float, kind: type = int, maximum: float = math.inf) -> Any
         with contextlib.suppress(ValueError):
             if minimum <= kind(text) <= maximum:
                 return kind(text)
-        raise argparse.ArgumentTypeError(f"{text} is no number from {minimum} to {maximum}")
+        raise argparse.ArgumentTypeError(
+            f"expected a number from {minimum} to {maximum}, got {text!r}")
     return number
 
 

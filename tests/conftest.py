@@ -1,8 +1,10 @@
 """Fixtures that several test files share."""
 import importlib
+import json
 import shutil
 import sys
 import threading
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 import pytest
@@ -40,6 +42,24 @@ def tiny_model(seed=0, **changes):
         if p.dim() == 1:
             p.data += 0.3 * torch.randn(p.shape, generator=generator)
     return model
+
+
+class ReplyHandler(BaseHTTPRequestHandler):
+    """What the handlers of the loopback servers share."""
+    wbufsize = -1                                   # a reply is one packet
+
+    def read_json(self):
+        return json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+
+    def send_reply(self, status: int, headers: dict, text: bytes) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(text)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        self.wfile.write(text)
+
+    def log_message(self, *_):
+        pass
 
 
 @pytest.fixture(scope="session")

@@ -209,16 +209,6 @@ def test_the_box_stays_in_every_option(tmp_path):
     assert "\\boxed{5}" in rows.load_questions(tmp_path / "q.jsonl")[0]["question"]
 
 
-@pytest.mark.parametrize("line", [
-    b'{"question": "\xed\xa0\x80", "teacher": {"key": "k"}}\n', DEEP.encode() + b"\n"])
-def test_a_file_is_appended_to_only_if_it_can_be_read(tmp_path, line):
-    path = tmp_path / "t.jsonl"
-    path.write_bytes(line)
-    with pytest.raises(ValueError, match="not a row of this program"):
-        rows.open_jsonl(path)
-    assert path.read_bytes() == line
-
-
 # ---- Answers --------------------------------------------------------------------------------
 
 

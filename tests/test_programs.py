@@ -39,11 +39,14 @@ def test_a_closed_pipe_is_no_error():
     ("sample q --model {tmp}", "tokenizer.json"),
     ("sample q --model {tiny} --top-p 0", "--top-p"),
     ("sample q --model {small}", "1347 tokens, and the model has 64"),
+    ("sample q --model {tmp}/none", "tokenizer.json"),
+    ("sample", "arguments are required: question"),
+    ("sample {long} --model {short}", "does not fit: 1 to 63"),
     ("budget_force --model {tiny} {tmp} --base= --n 4", "tokenizer.json"),
     ("budget_force --model {tiny} --base {tmp}/none --n 4", "none"),
     ("budget_force q --model {tiny} --wait-text=", "Wait without text"),
-    ("budget_force --model {tiny} --budgets -2 --n 4", "-2 is no number from -1"),
-    ("budget_force --model {tiny} --num-waits -1 --n 4", "-1 is no number from 0"),
+    ("budget_force --model {tiny} --budgets -2", "expected a number from -1 to inf, got '-2'"),
+    ("budget_force --model {tiny} --num-waits -1", "expected a number from 0 to inf, got '-1'"),
     ("budget_force --model {tiny} --n 99999", "not 99999"),
     ("budget_force {long} --model {tiny} --max-seq-len 64", "fit"),
     ("budget_force --model {tiny} --base= --n 2 --method majority", "--temperature above 0"),
@@ -62,9 +65,11 @@ def test_bad_input_gets_one_line_and_exit_code_2(run, tiny, tmp_path, command, m
     (tmp_path / "endless").write_text(json.dumps(run_of).replace("1.0", "1e999"))
     small = shutil.copytree(tiny, tmp_path / "small")
     tiny_model().save(small)
+    short = shutil.copytree(tiny, tmp_path / "short")
+    tiny_model(vocab_size=1408, max_position_embeddings=64).save(short)
     before = sorted(tmp_path.rglob("*")) + sorted(tiny.rglob("*"))
-    words = [word.format(tmp=tmp_path, tiny=tiny, small=small, long="word " * 200)
-             for word in command.split()]
+    paths = {"tmp": tmp_path, "tiny": tiny, "small": small, "short": short}
+    words = [word.format(**paths, long="word " * 200) for word in command.split()]
     code, _, error = run(*words)
     lines = [line for line in error.splitlines() if "error:" in line]
     assert code == 2 and "Traceback" not in error and len(lines) == 1

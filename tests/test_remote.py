@@ -4,12 +4,12 @@ import json
 import shutil
 import sys
 import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import tiny_model
+from conftest import ReplyHandler, tiny_model
 
 from budget_force import Budget
 from recipe.remote import RemoteSampler
@@ -20,14 +20,12 @@ pytest.importorskip("openai")
 SECRET = "sk-loopback-0123456789"
 
 
-class Handler(BaseHTTPRequestHandler):
-    wbufsize = -1                                   # a reply is one packet
-
+class Handler(ReplyHandler):
     def do_GET(self):
         self.send(self.server.models)
 
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.read_json()
         with self.server.lock:
             self.server.requests.append(body)
             reply = self.server.script(len(self.server.requests))
@@ -43,14 +41,7 @@ class Handler(BaseHTTPRequestHandler):
             return
         status, headers, text = reply if isinstance(reply, tuple) else (
             200, {"Content-Type": "application/json"}, json.dumps(reply).encode())
-        self.send_response(status)
-        for name, value in {**headers, "Content-Length": str(len(text))}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *_):
-        pass
+        self.send_reply(status, headers, text)
 
 
 class Server(ThreadingHTTPServer):

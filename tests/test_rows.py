@@ -290,14 +290,15 @@ def test_a_last_line_without_its_line_break_is_kept(tmp_path):
     assert list(found) == ["a"] and len(path.read_text().splitlines()) == 2
 
 
-@pytest.mark.parametrize("text", ["my notes", "my notes\n", '{"question": "q"}\n', "[1]\n", "\n",
-                                  '{"key": "a"}\nnotes'])
-def test_a_file_of_another_kind_is_refused_and_kept(tmp_path, text):
+@pytest.mark.parametrize("content", [
+    b"my notes", b"my notes\n", b'{"question": "q"}\n', b"[1]\n", b"\n", b'{"key": "a"}\nnotes',
+    b'{"question": "\xed\xa0\x80", "teacher": {"key": "k"}}\n', b"[" * 100_000 + b"\n"])
+def test_a_file_of_another_kind_is_refused_and_kept(tmp_path, content):
     path = tmp_path / "notes.txt"
-    path.write_text(text)
+    path.write_bytes(content)
     with pytest.raises(ValueError, match="not a row of this program"):
         rows.open_jsonl(path)
-    assert path.read_text() == text
+    assert path.read_bytes() == content
 
 
 def test_a_file_has_one_writer(tmp_path):

@@ -412,23 +412,6 @@ def test_streaming_escapes_control_characters(chat, capsys):
 # ---- The program ----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command, message", [
-    ("sample q --model {tmp}/none", "tokenizer.json"), ("sample q --top-p 0", "--top-p"),
-    ("sample", "arguments are required: question"),
-    ("sample {long} --model {short}", "does not fit: 1 to 63")])
-def test_bad_input_gets_one_line_and_exit_code_2(run, tiny, tmp_path, command, message):
-    short = tmp_path / "short"
-    short.mkdir()
-    tiny_model(vocab_size=1408, max_position_embeddings=64).save(short)
-    for path in tiny.glob("*token*"):
-        (short / path.name).write_bytes(path.read_bytes())
-    words = [word.format(tmp=tmp_path, tiny=tiny, short=short, long="word " * 200)
-             for word in command.split()]
-    code, _, error = run(*words)
-    assert code == 2 and message in error
-    assert "Traceback" not in error and error.count("error:") == 1
-
-
 def test_a_direct_answer_has_no_thinking(run, tiny):
     flags = ("sample", "q", "--model", tiny, "--max-new-tokens", 4)
     assert run(*flags)[1].startswith("[<|im_start|>think\n]")

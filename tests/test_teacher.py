@@ -11,10 +11,11 @@ import sys
 import threading
 import time
 from collections import Counter
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import ThreadingHTTPServer
 from types import SimpleNamespace
 
 import pytest
+from conftest import ReplyHandler
 
 from recipe import teacher
 from recipe.rows import load_traces
@@ -265,27 +266,19 @@ def test_the_openai_library_is_optional(run, tmp_path, monkeypatch):
 # ---- A server -------------------------------------------------------------------------------
 
 
-class Handler(BaseHTTPRequestHandler):
+class Handler(ReplyHandler):
     """Sends what `script(question, handler, body)` returns: a JSON value or (status, headers,
     bytes). None drops the connection."""
-    wbufsize = -1                                   # a reply is one packet
 
     def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        body = self.read_json()
         reply = self.server.script(body["messages"][0]["content"], self, body)
         if reply is None:
             self.close_connection = True
             return
         status, headers, text = reply if isinstance(reply, tuple) else (200, {}, reply)
         text = text if isinstance(text, bytes) else json.dumps(text).encode()
-        self.send_response(status)
-        for name, value in {"Content-Length": str(len(text)), **headers}.items():
-            self.send_header(name, value)
-        self.end_headers()
-        self.wfile.write(text)
-
-    def log_message(self, *_):
-        pass
+        self.send_reply(status, headers, text)
 
 
 class Server(ThreadingHTTPServer):
