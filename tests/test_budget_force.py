@@ -69,6 +69,8 @@ def play(controller, script, prompt=(NL,)):
      [1, END, CLOSE, 7, STOP], 1, 0, "natural"),
     ("the answer has a budget of its own", dict(), [END, 4, 5, 6, 7, 8],
      [END, CLOSE, 4, 5, 6, STOP], 0, 0, "natural"),
+    ("a full answer may end in any stop token", dict(chat=TOY | dict(stop_ids={STOP, 96})),
+     [END, 4, 5, 6, 96], [END, CLOSE, 4, 5, 6, 96], 0, 0, "natural"),
     ("thinking cannot close twice", dict(), [1, END, 7, END, 8],
      [1, END, CLOSE, 7, STOP], 1, 0, "natural"),
     ("a full sequence ends it like a cut", dict(max_seq_len=13), [1, 2, 3, 4, 5, 7, 8, 9, 6],
