@@ -84,8 +84,9 @@ def train(args):
 
     source = cli.resolve_model(args.model)
     chat, config = data.Chat(source, args.system, args.thinking), read_config(source)
-    if args.tokens_per_batch is None:           # hidden states of 4 MB stay in a CPU's caches
-        args.tokens_per_batch = 2**20 // config.hidden_size if device.type == "cpu" else 8192
+    args.dtype = args.dtype or cli.default_dtype(args.device, config.extra)
+    args.tokens_per_batch = args.tokens_per_batch or cost.default_row(
+        config, device.type, args.dtype, args.gradient_checkpointing)
     examples = load_examples(args, chat, config)
     held_out = load_examples(args, chat, config, held_out=True) if args.val else []
     prompts = {tuple(ids[:n]) for ids, n in examples if n > 1}      # n is 1 in pre-training
@@ -96,7 +97,6 @@ def train(args):
     num_steps = min(len(batches), args.max_steps or len(batches))
 
     # The weights are float32. Autocast casts them to bf16 where they are multiplied.
-    args.dtype = args.dtype or cli.default_dtype(args.device, config.extra)
     autocast = args.dtype == "bfloat16"
     model = load_model(args, source, device, world_size, autocast)
     matrices = [p for p in model.parameters() if p.dim() >= 2]

@@ -36,6 +36,27 @@ def token_slots(row_lengths: list[int], num_processes: int) -> int:
     return num_processes * sum(max(row_lengths[i:i + num_processes]) for i in rounds)
 
 
+def activation_bytes(config, dtype: str, gradient_checkpointing: bool) -> int:
+    """Returns what the backward pass of one token needs of the forward pass, without attention's."""
+    C, L, width = config.hidden_size, config.num_hidden_layers, 2 if dtype == "bfloat16" else 4
+    # What a block keeps, per token. Six tensors of width C: its input, the output of attention,
+    # and the rows of both norms before and after scaling. Then q, k, v and the output of the
+    # heads; then the MLP's gate, silu(gate), up and their product.
+    heads = config.num_attention_heads + config.num_key_value_heads
+    per_block = width * (6 * C + 2 * heads * config.head_dim + 4 * config.intermediate_size)
+    # With gradient checkpointing all blocks keep their input, and one at a time keeps the rest.
+    return L * width * C + per_block if gradient_checkpointing else L * per_block
+
+
+def default_row(config, device: str, dtype: str, gradient_checkpointing: bool) -> int:
+    """Returns the tokens of a packed row: 8,192, or what needs 1 GB of activations on a CPU.
+
+    A CPU takes long to map memory: rows that need 2.4 GB are 12% slower on a model of 135M.
+    """
+    per_token = activation_bytes(config, dtype, gradient_checkpointing)
+    return min(8192, max(1, 10**9 // per_token)) if device == "cpu" else 8192
+
+
 def memory(config, num_parameters: int, block_parameters: int, tokens_per_batch: int,
            num_devices: int, gradient_checkpointing: bool,
            dtype: str = "bfloat16") -> dict[str, float]:
@@ -44,15 +65,9 @@ def memory(config, num_parameters: int, block_parameters: int, tokens_per_batch:
     num_parameters counts the whole model, block_parameters one transformer block. `dtype` is that
     of the matrix products; in bfloat16 the weights are copied.
     """
-    C, T, L = config.hidden_size, tokens_per_batch, config.num_hidden_layers
-    output_weight, width = C * config.vocab_size, 2 if dtype == "bfloat16" else 4
-    # What a block keeps for the backward pass, per token. Six tensors of width C: its
-    # input, the output of attention, and the rows of both norms before and after scaling. Then
-    # q, k, v and the output of the heads; then the MLP's gate, silu(gate), up and their product.
-    heads = config.num_attention_heads + config.num_key_value_heads
-    per_block = width * (6 * C + 2 * heads * config.head_dim + 4 * config.intermediate_size)
-    # With gradient checkpointing all blocks keep their input, and one at a time keeps the rest.
-    activations = T * (L * width * C + per_block) if gradient_checkpointing else T * L * per_block
+    L, width = config.num_hidden_layers, 2 if dtype == "bfloat16" else 4
+    output_weight = config.hidden_size * config.vocab_size
+    activations = tokens_per_batch * activation_bytes(config, dtype, gradient_checkpointing)
     parts = {"weights, gradients and AdamW state, float32": 16 * num_parameters / num_devices,
              f"activations, {dtype}": activations,
              "gradient of the output weight, float32": 4 * output_weight}

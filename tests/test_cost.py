@@ -6,7 +6,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from model import Config, Transformer
-from recipe.cost import flops, memory, print_memory, print_time, token_slots
+from recipe.cost import default_row, flops, memory, print_memory, print_time, token_slots
 
 QWEN_7B = Config(152064, 3584, 18944, 28, 28, 4)
 QWEN_32B = Config(152064, 5120, 27648, 64, 40, 8)
@@ -70,6 +70,16 @@ def test_memory_of_a_device():
     found = memory(config, 5000, 700, 10, 4, gradient_checkpointing=True)
     assert list(found.values()) == [16 * 5000 / 4, 10 * (3 * 16 + block), 4 * 800, 2 * 800,
                                     2 * (800 + 2 * 700)]
+
+
+def test_a_row_on_a_cpu_needs_a_gigabyte_of_activations():
+    smol = Config(49152, 576, 1536, 30, 9, 3, "llama")
+    assert default_row(smol, "cuda", "float32", False) == 8192
+    # Per token and layer: 6 * 576 + 2 * 12 * 64 + 4 * 1536 numbers.
+    assert default_row(smol, "cpu", "float32", False) == 10**9 // (30 * 4 * 11136) == 748
+    assert default_row(smol, "cpu", "bfloat16", False) == 1496
+    assert default_row(smol, "cpu", "float32", True) > 8 * 748
+    assert default_row(Config(1408, 128, 384, 4, 4, 2), "cpu", "float32", False) == 8192
 
 
 def test_s1_takes_26_minutes(capsys):

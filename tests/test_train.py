@@ -688,7 +688,7 @@ def test_a_run_that_differs_is_not_resumed(run, tiny, tmp_path, monkeypatch):
     shard = tmp_path / "a.steps" / "00000002" / "rank-00000.safetensors"
     before = shard.read_bytes()
     for change, message in ((("--lr", 1e-4), "lr was 0.002, is 0.0001"),
-                            (("--tokens-per-batch", 512), "tokens_per_batch was 32768, is 512"),
+                            (("--tokens-per-batch", 512), "tokens_per_batch was 8192, is 512"),
                             (("--seed", 1), "seed was 0, is 1"), (("--n", 11), "data was")):
         code, _, error = run("train", *command(tiny, tmp_path / "a", "--resume", *change))
         assert code == 2 and message in error and error.count("\n") == 1, error

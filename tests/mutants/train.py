@@ -124,6 +124,4 @@ MUTANTS = [
      "    args.dtype = args.dtype or cli.default_dtype(args.device, config.extra)\n"
      '    autocast = args.dtype == "bfloat16"\n',
      '    autocast = (args.dtype or cli.default_dtype(args.device, config.extra)) == "bfloat16"\n'),
-    ("a CPU's row is as long as a GPU's", "train.py", TRAIN,
-     "2**20 // config.hidden_size if device", "8192 if device"),
 ]
