@@ -48,9 +48,9 @@ def print_student(path: str) -> None:
             ending = ("So ..." if last.startswith("So") else
                       f"gave up, solution {'ahead' if ahead else 'missed'}")
             became, _, _ = after["text"][len(thinking):].partition("\n")
-            key = waits, ending, re.sub(r"\d+", "N", became)
+            key = waits, ending, re.sub(r"\d+", "#", became)
             verdicts[key].append((before["correct"], after["correct"]))
-    print("\nWait  the thinking before it     it became          answers  right before  after")
+    print("\nWait  how the thinking ended     its line became    answers  right before  after")
     for (waits, ending, became), pairs in sorted(verdicts.items()):
         before, after = map(sum, zip(*pairs, strict=True))
         print(f"{waits:4}  {ending:25}  {became:18} {len(pairs):7} {before:13} {after:6}")

@@ -288,10 +288,12 @@ def train_jobs(model, rounds, directory):
     documents of 1,200 and of 200 tokens."""
     rng = random.Random(0)
     if model:
-        vocab_size = read_config(model).vocab_size
+        config = read_config(model)
+        row = cost.default_row(config, DEVICE, "float32", gradient_checkpointing=False)
         for n, T in ((4, 1200), (24, 200)):
-            batch = [([rng.randrange(vocab_size) for _ in range(T)], T // 10) for _ in range(n)]
-            yield f"{model}, {n} documents of {T:,}", model, [batch] * 2, 8192 if CUDA else 2048
+            batch = [([rng.randrange(config.vocab_size) for _ in range(T)], T // 10)
+                     for _ in range(n)]
+            yield f"{model}, {n} documents of {T:,}", model, [batch] * 2, row
         return
     for name, (config, max_tokens, scale) in model_shapes().items():
         examples = s1_like_examples(8 * (rounds + 1), scale, max_tokens, config.vocab_size, rng)

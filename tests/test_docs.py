@@ -262,7 +262,7 @@ def test_the_counts_of_waits(forced, chat, tmp_path, capsys, monkeypatch):
     assert shown[:4] == lines[:4]               # the teacher's counts, and the heads
     assert [re.split("  +", line.strip()) for line in lines[4:]] == [
         ["1", "gave up, solution ahead", "Wait", "1", "0", "1"],
-        ["2", "So ...", "Wait, is N N? ok", "1", "1", "1"]]
+        ["2", "So ...", "Wait, is # #? ok", "1", "1", "1"]]
 
 
 def test_the_counts_of_waits_add_up_to_the_table_of_the_readme():
