@@ -336,7 +336,7 @@ def main() -> None:
     add("--questions", help="file of questions with answers (default: Countdown)")
     rows.add_row_arguments(add)
     add("--n", type=positive, help="number of questions (default: Countdown 500, a file all)")
-    add("--max-num-seqs", type=positive, default=64, help="sequences side by side")
+    add("--max-num-seqs", type=positive, help="side by side (default: what 4 GB hold, 256 at most)")
     add("--max-seq-len", type=positive, help="of prompt and answer (default: 768; a file: all)")
     add("--base-url", help="of a vLLM server that generates, such as http://localhost:8000/v1")
     add("--served-model-name", help="the model's name there (default: as in --model)")

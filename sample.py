@@ -92,14 +92,21 @@ MAX_PREFILL = 2 ** 13       # tokens of prompts in one forward pass, padding inc
 
 
 class Sampler:
-    """Generates in `max_num_seqs` slots of `max_seq_len` tokens each, prompt included."""
+    """Generates in `max_num_seqs` slots of `max_seq_len` tokens each, prompt included.
 
-    def __init__(self, model: Transformer, max_num_seqs: int = 64, max_seq_len: int = 1024):
-        self.model, self.max_num_seqs = model.eval(), max_num_seqs
+    By default there are as many slots as 4 GB of cache hold, at least 1 and at most 256.
+    """
+
+    def __init__(self, model: Transformer, max_num_seqs: int | None = None,
+                 max_seq_len: int = 1024):
+        self.model = model.eval()
         self.max_seq_len = min(max_seq_len, model.config.max_position_embeddings)
         self.dtype, self.device = model.output_weight.dtype, model.output_weight.device
+        slot = KVCache.allocate(model.config, 1, self.max_seq_len, self.dtype, "meta").layers
+        most = 4 * 10**9 // sum(k.nbytes + v.nbytes for k, v in slot)
+        self.max_num_seqs = max_num_seqs or min(max(most, 1), 256)
         self.cache = KVCache.allocate(
-            model.config, max_num_seqs, self.max_seq_len, self.dtype, self.device)
+            model.config, self.max_num_seqs, self.max_seq_len, self.dtype, self.device)
         for p in model.parameters():    # MKL multiplies a row by a column-major matrix 2-3x as fast
             if p.device.type == "cpu" and p.dim() == 2 and p.shape[0] >= p.shape[1]:
                 p.data = p.data.T.contiguous().T
@@ -264,7 +271,7 @@ def load_model(name: str, args) -> tuple[Transformer, data.Chat]:
     return Transformer.load(chat.directory, getattr(torch, dtype), args.device), chat
 
 
-def load_sampler(name: str, args, max_num_seqs: int) -> tuple[Sampler, data.Chat]:
+def load_sampler(name: str, args, max_num_seqs: int | None) -> tuple[Sampler, data.Chat]:
     """A sampler of sequences of at most `args.max_seq_len` tokens, and the model's chat."""
     model, chat = load_model(name, args)
     return Sampler(model, max_num_seqs, args.max_seq_len), chat

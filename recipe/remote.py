@@ -107,10 +107,10 @@ class RemoteSampler:
                                   timeout=openai.Timeout(3600, connect=10), http_client=http_client)
 
 
-def load_sampler(name: str, args, max_num_seqs: int) -> tuple[RemoteSampler, data.Chat]:
+def load_sampler(name: str, args, max_num_seqs: int | None) -> tuple[RemoteSampler, data.Chat]:
     """A sampler on the server at --base-url, and the chat: only the tokenizer is here."""
     chat = data.Chat(cli.resolve_model(name, weights=False), args.system, args.thinking)
-    return RemoteSampler(args.base_url, args.served_model_name or name, max_num_seqs,
+    return RemoteSampler(args.base_url, args.served_model_name or name, max_num_seqs or 64,
                          args.max_seq_len, args.allow_http), chat
 
 

@@ -8,7 +8,7 @@ import torch
 from conftest import BASE, tiny_model
 
 import sample
-from model import Transformer
+from model import Config, Transformer
 from recipe import countdown
 from sample import Sampler, Sequence, probabilities, stream
 
@@ -56,6 +56,16 @@ def test_each_prompt_gives_what_it_gives_alone(max_num_seqs):
     for seq in sequences:
         assert seq.tokens == greedy(model, seq.prompt, 10)
         assert seq.finish_reason == "max_new_tokens" and seq.forced == [False] * 10
+
+
+def test_as_many_slots_as_4_gb_of_cache_hold():
+    def slots(layers, max_seq_len):
+        with torch.device("meta"):
+            config = Config(10, 9 * 64, 10, layers, 9, 3, "llama", max_position_embeddings=10**6)
+            return Sampler(Transformer(config), max_seq_len=max_seq_len).max_num_seqs
+    assert slots(30, 768) == 4 * 10**9 // (30 * 2 * 3 * 64 * 768 * 4) == 113
+    assert slots(30, 10**6) == 1
+    assert slots(1, 768) == 256
 
 
 def test_the_base_gives_the_same_tokens_in_any_batch(chat):

@@ -121,7 +121,5 @@ MUTANTS = [
     ("a full disk shows a traceback", "recipe/checkpoint.py", TRAIN,
      "        raise OSError(", "        raise RuntimeError("),
     ("a run is resumed in another machine's dtype", "train.py", TRAIN,
-     "    args.dtype = args.dtype or cli.default_dtype(args.device, config.extra)\n"
-     '    autocast = args.dtype == "bfloat16"\n',
-     '    autocast = (args.dtype or cli.default_dtype(args.device, config.extra)) == "bfloat16"\n'),
+     'other = {"out",', 'other = {"dtype", "out",'),
 ]
