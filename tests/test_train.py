@@ -487,7 +487,7 @@ def test_every_step_is_a_line_and_a_row_and_totals_are_printed(run, tiny, tmp_pa
     spent, tokens = (sum(row[key] for row in table) for key in ("seconds", "tokens"))
     assert f"{2 * spent:.2f} dollars" in printed
     assert f"{sum(row['flops'] for row in table):.3g} FLOPs" in printed
-    assert f"rows {100 * tokens / (6 * 2**15):.1f}% full" in printed    # each step fits into a row
+    assert f"rows {100 * tokens / (6 * 8192):.1f}% full" in printed    # each step fits into a row
     assert f"6 steps, {tokens:,} tokens" in printed
 
 
