@@ -37,7 +37,7 @@ def token_slots(row_lengths: list[int], num_processes: int) -> int:
 
 
 def activation_bytes(config, dtype: str, gradient_checkpointing: bool) -> int:
-    """Returns what the backward pass of one token needs of the forward pass, without attention's."""
+    """Returns the bytes that the backward pass of a token needs from the forward pass."""
     C, L, width = config.hidden_size, config.num_hidden_layers, 2 if dtype == "bfloat16" else 4
     # What a block keeps, per token. Six tensors of width C: its input, the output of attention,
     # and the rows of both norms before and after scaling. Then q, k, v and the output of the
