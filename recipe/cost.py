@@ -51,7 +51,7 @@ def activation_bytes(config, dtype: str, gradient_checkpointing: bool) -> int:
 def default_row(config, device: str, dtype: str, gradient_checkpointing: bool) -> int:
     """Returns the tokens of a packed row: 8,192, or what needs 1 GB of activations on a CPU.
 
-    A CPU takes long to map memory: rows that need 2.4 GB are 12% slower on a model of 135M.
+    A CPU takes long to map fresh memory, so longer rows are slower there.
     """
     per_token = activation_bytes(config, dtype, gradient_checkpointing)
     return min(8192, max(1, 10**9 // per_token)) if device == "cpu" else 8192
