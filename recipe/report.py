@@ -90,6 +90,9 @@ def coverage(samples: list[dict]) -> dict:
 
 # ---- Measures -------------------------------------------------------------------------------
 
+MEASURES = {"control": "control", "per doubling": "scaling_points_per_doubling",
+            "best run": "performance"}
+
 
 def wilson(correct: int, n: int, z: float = 1.96) -> tuple[float, float]:
     """Returns Wilson's 95% interval of an accuracy, between 0 and 1."""
@@ -208,16 +211,25 @@ def with_interval(summary: dict, name: str) -> str:
     return "{:.1f} [{:.1f}, {:.1f}]".format(summary[name], *summary[f"{name}_interval"])
 
 
-def print_side_by_side(models) -> None:
-    """Prints the accuracy of several models in the same settings, its mean and its max - min."""
+def print_side_by_side(models, summaries) -> None:
+    """Prints accuracies and measures of several models, their mean and spread, max - min.
+
+    `models` lists the runs of each, `summaries` its {method: measures}.
+    """
+    lines = [(setting_name(runs[0]), "%", [100 * run["accuracy"] for run in runs])
+             for runs in zip(*models, strict=True)]
+    for method, (measure, key) in itertools.product(summaries[0], MEASURES.items()):
+        values = [summary[method][key] for summary in summaries]
+        if None not in values:
+            lines.append((f"{method}: {measure}", " ", values))
     names = [runs[0]["model"] for runs in models]
-    width = max(10, *map(len, names)) + 1
+    first, width = (max(map(len, ["thinking budget   ", *(line[0] for line in lines)])),
+                    max(10, *map(len, names)) + 1)
     columns = "".join(f"{name:>{width}}" for name in names)
-    print(f"\n{'thinking budget':18}{columns}{'mean':>11}{'spread':>8}")
-    for runs in zip(*models, strict=True):
-        accuracy = [100 * run["accuracy"] for run in runs]
-        print(f"{setting_name(runs[0]):18}" + "".join(f"{a:{width - 1}.1f}%" for a in accuracy)
-              + f"{statistics.fmean(accuracy):10.1f}%{max(accuracy) - min(accuracy):8.1f}")
+    print(f"\n{'thinking budget':{first}}{columns}{'mean':>11}{'spread':>8}")
+    for name, unit, values in lines:
+        print(f"{name:{first}}" + "".join(f"{value:{width - 1}.1f}{unit}" for value in values)
+              + f"{statistics.fmean(values):10.1f}{unit}{max(values) - min(values):8.1f}")
 
 
 def finish(results, out, graders: list[str], base: str | None = None) -> None:
@@ -233,7 +245,8 @@ def finish(results, out, graders: list[str], base: str | None = None) -> None:
     for group in groups:
         summary["models"][group[0][0]["model"]] = print_summary(group)
     if len(groups) > 1:
-        print_side_by_side([[run for run, _ in group] for group in groups])
+        print_side_by_side([[run for run, _ in group] for group in groups],
+                           list(summary["models"].values()))
     runs = [run for run, _ in results]
     lines = "".join(json.dumps(run) + "\n" for run in runs)
     (out / "runs.jsonl").write_text(lines, encoding="utf-8")

@@ -138,10 +138,9 @@ def test_models_stand_side_by_side(run, tiny, tmp_path, monkeypatch, questions):
         "budget_force", "--model", tmp_path / "a", tmp_path / "b", "--base=", "--n", 2,
         "--questions", questions, "--budgets", 4, "--num-waits", 0)
     assert code == 0, error
-    names, numbers = printed.splitlines()[-4:-2] if "no curve" in printed else (
-        printed.splitlines()[-3:-1])
-    assert names.split()[-4:] == ["a", "b", "mean", "spread"]
-    assert numbers.split() == ["4", "100.0%", "50.0%", "75.0%", "50.0"]
+    table = [line.split() for line in printed.split("thinking budget")[-1].splitlines()]
+    assert table[0] == ["a", "b", "mean", "spread"]
+    assert table[1] == ["4", "100.0%", "50.0%", "75.0%", "50.0"]
 
 
 def test_one_answer_shows_forced_tokens_apart(run, tiny):

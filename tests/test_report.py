@@ -166,9 +166,13 @@ def test_finish_writes_the_measures_of_all_but_the_base(tmp_path, capsys, monkey
     assert runs == [run | {"base": run["model"] == "base"} for run, _ in results]
     printed = capsys.readouterr().out
     assert "1 Wait over 0: +10.0 points" in printed and "1 Wait over 0: +40.0 points" in printed
-    table = printed.splitlines()[-6:-2]
-    assert table[0].split() == ["thinking", "budget", "a", "b", "mean", "spread"]
-    assert table[1].split() == ["16", "10.0%", "30.0%", "20.0%", "20.0"]
+    table = [line.split() for line in printed.splitlines()[-9:-2]]
+    assert table[0] == ["thinking", "budget", "a", "b", "mean", "spread"]
+    assert table[1] == ["16", "10.0%", "30.0%", "20.0%", "20.0"]
+    # 30 points more at 60 than at 16 tokens are 15.7 per doubling, for both.
+    assert table[4:] == [["budget:", "control", "100.0", "100.0", "100.0", "0.0"],
+                         ["budget:", "per", "doubling", "15.7", "15.7", "15.7", "0.0"],
+                         ["budget:", "best", "run", "50.0", "100.0", "75.0", "50.0"]]
     # Without matplotlib nothing but the figure is missing.
     assert "no curve.png: `pip install matplotlib`" in printed
     assert {path.name for path in tmp_path.iterdir()} == {"runs.jsonl", "summary.json",
