@@ -182,12 +182,11 @@ class KVCache:
         return KVCache([(k[start:end], v[start:end]) for k, v in self.layers],
                        self.lengths[start:end])
 
-    def copy_slot(self, source: int, target: int):
-        """Copy the sequence in slot `source` to slot `target`."""
-        n = self.lengths[target] = self.lengths[source]
-        for k, v in self.layers:
-            k[target, :, :n] = k[source, :, :n]
-            v[target, :, :n] = v[source, :, :n]
+    def copy(self, other: "KVCache", slot: int):
+        """Copy the sequence in the only slot of `other` to `slot`."""
+        n = self.lengths[slot] = other.lengths[0]
+        for (k, v), (other_k, other_v) in zip(self.layers, other.layers, strict=True):
+            k[slot, :, :n], v[slot, :, :n] = other_k[0, :, :n], other_v[0, :, :n]
 
     def reserve(self, T: int) -> tuple[Tensor, Tensor]:
         """The next T positions (B, T) and their mask (B, 1, T, L). Adds T to `lengths`."""

@@ -113,7 +113,7 @@ def test_a_copied_slot_continues_like_the_original():
     cache = KVCache.allocate(model.config, max_num_seqs=2, max_seq_len=8)
     with torch.no_grad():
         model(torch.randint(0, 64, (1, 5)), cache=cache.slots(1, 2))
-        cache.copy_slot(1, 0)
+        cache.copy(cache.slots(1, 2), 0)
         assert cache.lengths.tolist() == [5, 5]
         logits = model(torch.tensor([[7], [7]]), cache=cache)
     torch.testing.assert_close(logits[0], logits[1], atol=1e-6, rtol=0)

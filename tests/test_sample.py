@@ -142,14 +142,30 @@ def test_no_sequence_is_longer_than_the_model_has_positions():
     assert seq.finish_reason == "length" and sampler.cache.layers[0][0].shape[2] == 16
 
 
-def test_weights_on_the_cpu_change_their_layout_only():
-    model = tiny_model()
-    before = {name: p.clone() for name, p in model.named_parameters()}
-    Sampler(model, 2, 8)
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+@pytest.mark.parametrize("tied", [True, False])
+@torch.no_grad()
+def test_weights_on_the_cpu_change_their_layout_only(tied):
+    model, ids = tiny_model(tie_word_embeddings=tied), torch.tensor([[1, 2, 3]])
+    before, logits = {name: p.clone() for name, p in model.named_parameters()}, model(ids)
+    for _ in range(2):                                  # a model can have several samplers
+        sampler = Sampler(model, 2, 8)
+        torch.testing.assert_close(model(ids), logits)
+        hidden = model.hidden_states(ids, torch.arange(3)[None], lengths=[3])
+        torch.testing.assert_close(sampler.lm_head(hidden), logits)
     for name, p in model.named_parameters():
-        assert torch.equal(p, before[name])
-        if p.dim() == 2:
-            assert p.is_contiguous() == (p.shape[0] < p.shape[1]), name
+        assert p.is_mkldnn == name.endswith("proj.weight"), name
+        assert torch.equal(p.to_dense() if p.is_mkldnn else p, before[name])
+    assert sampler.lm_head.weight.is_mkldnn
+
+
+def test_bf16_weights_are_packed_only_where_onednn_supports_bf16(monkeypatch):
+    packed = []
+    monkeypatch.setattr(Sampler, "pack_weights", lambda sampler: packed.append(sampler))
+    for supported in (False, True):
+        monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda s=supported: s)
+        sampler = Sampler(tiny_model().bfloat16(), 2, 8)
+    assert packed == [sampler]
 
 
 # ---- Controllers ----------------------------------------------------------------------------
