@@ -349,10 +349,9 @@ def decode_jobs(vocab_size):
     def prompts(n):
         return [[rng.randrange(1, vocab_size) for _ in range(rng.randint(16, 48))]
                 for _ in range(n)]
-    ragged = [round(n / 6.4 * 20 ** rng.random() ** 2) for _ in range(n)]    # 20 to 400
-    return {"batch 1": (prompts(1), [n]), "batch 16, equal": (prompts(16), [n] * 16),
-            "batch 32, equal": (prompts(32), [n] * 32),
-            f"{n} prompts, ragged": (prompts(n), ragged)}
+    ragged = [round(n / 6.4 * 20 ** rng.random() ** 2) for _ in range(64)]   # 20 to 400
+    return {"1 sequence": (prompts(1), [n]), "16, equal": (prompts(16), [n] * 16),
+            "32, equal": (prompts(32), [n] * 32), "64, ragged": (prompts(64), ragged)}
 
 
 def end_at(lengths):
@@ -438,7 +437,7 @@ def bench_decode_in(rounds, source, dtype, base_url):
 
 def bench_forcing(model, config, rounds):
     """What a budget costs over plain sampling of as many tokens, and what a Wait costs."""
-    prompts, _ = decode_jobs(config.vocab_size)["batch 32, equal"]
+    prompts, _ = decode_jobs(config.vocab_size)["32, equal"]
     n, num_reserved = 128, 10           # the delimiters and "Wait"; never sampled by chance
     counts = []                         # of tokens, padding included, per forward pass
     model.model.embed_tokens.register_forward_hook(

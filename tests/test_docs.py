@@ -118,7 +118,7 @@ def test_the_benchmarks_run():
                "--rounds", "1", "--dtype", "float32"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for row in ("| ours, float32 ", "| batch 32, equal ", "| two Waits ", "| ours "):
+    for row in ("| ours, float32 ", "| 16, equal ", "| two Waits ", "| ours "):
         assert row in done.stdout
 
 
