@@ -38,10 +38,10 @@ def split_shell(script):
     """The simple commands of a shell script, each a list of words; a loop's body once, with the
     first value of its variable."""
     script = script.replace("\\\n", " ")
-    script = re.sub(r"^for (\w+) in (\S+).*", lambda loop: re.sub(
-        rf"\${loop[1]}\b", loop[2], loop[0]), script, flags=re.M)
     commands = [[]]
     for line in script.splitlines():
+        for name, value in re.findall(r"\bfor (\w+) in (\S+)", line):
+            line = re.sub(rf"\${name}\b", value, line)
         words = shlex.shlex(line, posix=True, punctuation_chars=True)
         words.whitespace_split = True
         for word in words:
