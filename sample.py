@@ -106,7 +106,7 @@ class Sampler:
         self.max_num_seqs = max_num_seqs or min(max(most, 1), 256)
         self.cache = KVCache.allocate(
             model.config, self.max_num_seqs, self.max_seq_len, self.dtype, self.device)
-        self.lm_head = torch.nn.Linear(1, 1, bias=False)
+        self.lm_head = torch.nn.Linear(1, 1, bias=False)    # shares the output weight of the model
         self.lm_head.weight = model.output_weight
         if self.device.type == "cpu" and torch.backends.mkldnn.is_available() and (
                 self.dtype == torch.float32 or torch.ops.mkldnn._is_mkldnn_bf16_supported()):
@@ -171,7 +171,7 @@ class Sampler:
                 seq.prefix += [logits[i], cache.slots(i, i + 1)]
         logits = torch.stack([seq.prefix[0] for seq in admitted])
         for slot, seq in enumerate(admitted, len(running)):
-            self.cache.copy(seq.prefix[1], slot)
+            self.cache.copy(seq.prefix[1], slot)            # with padding; decode sets lengths
             seq.prefix = None                   # freed when the last sample has copied it
         running += admitted
         return logits

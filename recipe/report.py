@@ -212,10 +212,8 @@ def with_interval(summary: dict, name: str) -> str:
 
 
 def print_side_by_side(models, summaries) -> None:
-    """Prints accuracies and measures of several models, their mean and spread, max - min.
-
-    `models` lists the runs of each, `summaries` its {method: measures}.
-    """
+    """Prints the accuracies and measures of several models, their mean and max - min. `models` has
+    the runs of each, `summaries` its {method: measures}."""
     lines = [(setting_name(runs[0]), "%", [100 * run["accuracy"] for run in runs])
              for runs in zip(*models, strict=True)]
     for method, (measure, key) in itertools.product(summaries[0], MEASURES.items()):
@@ -223,8 +221,8 @@ def print_side_by_side(models, summaries) -> None:
         if None not in values:
             lines.append((f"{method}: {measure}", " ", values))
     names = [runs[0]["model"] for runs in models]
-    first, width = (max(map(len, ["thinking budget   ", *(line[0] for line in lines)])),
-                    max(10, *map(len, names)) + 1)
+    first = max(18, *(len(name) for name, _, _ in lines))
+    width = max(10, *map(len, names)) + 1
     columns = "".join(f"{name:>{width}}" for name in names)
     print(f"\n{'thinking budget':{first}}{columns}{'mean':>11}{'spread':>8}")
     for name, unit, values in lines:

@@ -60,4 +60,7 @@ MUTANTS = [
     ("the figure never zooms in", FILE, REPORT,
      '    if any(run["max_thinking"] >= 0 for run in runs):', "    if True:"),
     ("without matplotlib no table", FILE, REPORT, "    except ImportError:", "    except KeyError:"),
+    ("measures do not stand side by side", FILE, REPORT, "if None not in values:", "if False:"),
+    ("a missing measure stands side by side", FILE, "tests/test_evaluation.py",
+     "if None not in values:", "if True:"),
 ]
