@@ -315,7 +315,7 @@ def main():
     add("--grad-clip", type=at_least(1e-9, float), default=1.0, help="largest gradient norm")
     add("--seed", type=int, default=0, help="of the examples, their order and random weights")
     add("--gradient-checkpointing", action="store_true", help="less memory, a third more time")
-    add("--compile", action="store_true", help="torch.compile; takes minutes at the start")
+    add("--compile", action="store_true", help="torch.compile: half a minute at the start")
     cli.add_device_arguments(add)
     add("--save-dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights")
     add_cost_arguments(add)

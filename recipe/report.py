@@ -293,7 +293,7 @@ def draw(runs, path) -> None:
     except ImportError:
         print(f"no {path.name}: `pip install matplotlib`, then --draw with its runs.jsonl")
         return
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    figure = Figure(layout="constrained")
     axes = figure.subplots()
     lines = defaultdict(list)
     for run in runs:
@@ -311,9 +311,9 @@ def draw(runs, path) -> None:
         waits = [run for run in group if run["num_waits"]]
         budgets = [run for run in group if not run["num_waits"]]
         unlimited = [run for run in group if run["max_thinking"] < 0]
-        plot_runs(axes, budgets, label=label, marker="o", **style)
-        plot_runs(axes, waits, marker="^", linestyle="", **style)
-        plot_runs(axes, unlimited if waits else [], linestyle=":", **style)
+        plot_runs(axes, budgets, label=label, fmt=("o-", "o--", "o-.")[number // 7 % 3], **style)
+        plot_runs(axes, waits, fmt="^", **style)
+        plot_runs(axes, unlimited if waits else [], fmt=":", **style)
         for run in waits if num_waited == 1 else ():        # the labels of several overlap
             text = "1 Wait" if run["num_waits"] == 1 else f"{run['num_waits']} Waits"
             axes.annotate(text, (run["thinking_tokens"], 100 * run["accuracy"]), (0, -18),
@@ -323,7 +323,10 @@ def draw(runs, path) -> None:
         axes.set(xlim=(0, None), ylim=(0, 103))     # so that a marker at 100% is seen whole
     axes.spines[["top", "right"]].set_visible(False)
     axes.grid(alpha=0.3)
-    axes.legend(loc="lower right", frameon=False)
+    # More than seven names leave no room for the lines, so they stand beside the axes.
+    place, loc = (figure, "outside right upper") if len(lines) > 7 else (axes, "lower right")
+    place.legend(loc=loc, frameon=False)
+    figure.set_size_inches(10 if place is figure else 7, max(4.2, 0.23 * len(lines)))
     figure.savefig(path, dpi=150)
 
 

@@ -309,7 +309,7 @@ def bench_train(rounds, peak_tflops, model, dtypes):
             for dtype in dtypes:
                 bf16 = dtype == "bfloat16"
                 steps[f"ours, {dtype}"] = our_step(source, batches, max_tokens, bf16)
-                if not model and not TINY:
+                if not TINY:
                     steps[f"ours, {dtype}, --compile"] = our_step(
                         source, batches, max_tokens, bf16, True)
                 with contextlib.suppress(ImportError):

@@ -2,6 +2,7 @@
 import json
 import re
 import sys
+import warnings
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -215,6 +216,24 @@ def test_the_figure_shows_every_model_and_method(tmp_path):
     assert (tmp_path / "curve.png").stat().st_size > 5000
     # Without limits on the thinking the axes zoom in, and the labels of two models would overlap.
     assert axes[1].get_xlim()[0] > 50 and axes[1].get_ylim()[0] > 50 and not axes[1].texts
+    assert axes[0].get_legend() and not axes[0].figure.legends
+
+
+def test_many_lines_are_named_beside_the_axes(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.figure import Figure
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda figure, path, **options: (
+        figures.append(figure), save(figure, path, **options)))
+    runs = [a_run(16, 0.4, model=str(i))[0] for i in range(27)]
+    with warnings.catch_warnings():             # matplotlib warns where the axes have no room
+        warnings.simplefilter("error")
+        report.draw(runs, tmp_path / "curve.png")
+    (axes,), (legend,) = figures[0].axes, figures[0].legends
+    assert len(legend.get_texts()) == 27
+    assert legend.get_window_extent().x0 > axes.get_window_extent().x1
+    lines = [container[0] for container in axes.containers]
+    assert len({(line.get_color(), line.get_linestyle()) for line in lines}) > 20
 
 
 # ---- The page -------------------------------------------------------------------------------

@@ -63,4 +63,6 @@ MUTANTS = [
     ("measures do not stand side by side", FILE, REPORT, "if None not in values:", "if False:"),
     ("a missing measure stands side by side", FILE, "tests/test_evaluation.py",
      "if None not in values:", "if True:"),
+    ("many names stand between the lines", FILE, REPORT, "if len(lines) > 7 else", "if 0 else"),
+    ("lines eight apart look the same", FILE, REPORT, '("o-", "o--", "o-.")', '("o-", "o-", "o-")'),
 ]
