@@ -457,9 +457,9 @@ def bench_forcing(model, config, rounds):
             return controller(seq, 0 if end else max(token, num_reserved))
         return wants_to_end_every_30_tokens
 
-    def generate(name, controller):
-        sampler = Sampler(model, 32, 200)
+    sampler = Sampler(model, 32, 200)   # the same one for all, hence the same memory
 
+    def generate(name, controller):
         def run():
             counts.clear()
             list(sampler.generate(prompts, controller, max_new_tokens=n))
