@@ -130,6 +130,16 @@ def test_files_stay_within_their_limits_and_imports():
         assert set(project_imports(path)) <= IMPORTS[name], name
 
 
+def test_the_comparison_counts_the_lines_there_are():
+    page = (ROOT / "docs" / "comparison.md").read_text(encoding="utf-8")
+    lines = {name: (ROOT / f"{name.replace('.', '/')}.py").read_text(encoding="utf-8").count("\n")
+             for name in IMPORTS}
+    programs, total = sum(lines[name] for name in LINES), sum(lines.values())
+    path = total - lines["recipe.teacher"] - lines["recipe.selection"]
+    assert f"| Lines of the path | {path:,} |" in page
+    assert f"have {programs:,} lines and `recipe/` has {total - programs:,}, of which" in page
+
+
 def test_every_mutant_finds_its_line():
     """tests/mutants takes too long for each run; this checks that it can be run at all."""
     for name, file, tests, line, _ in runpy.run_path(str(ROOT / "tests" / "mutants"))["MUTANTS"]:
